@@ -1,0 +1,1 @@
+"""One tensor-parallel rank: its slice of the model, its KV blocks, its sampler."""

@@ -1,0 +1,48 @@
+"""What goes into the transformer and what comes out."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TransformerInput:
+    """Plain use: a rectangular batch of token ids.
+
+    tokens: int64 [batch, length].
+    tokens_position: position of the first token: one int for all rows, or int64 [batch].
+    """
+
+    tokens: Tensor
+    tokens_position: int | Tensor = 0
+
+
+@dataclass(frozen=True)
+class TransformerOutput:
+    """logits: [batch, length, vocab_size], float32 when computed without gradients' need of the model dtype."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Serving: the tokens of many sequences in one flat row, their keys and values in blocks.
+
+    Sequence `s` owns tokens `query_starts[s] : query_starts[s + 1]`, which are its last
+    tokens so far. Decoding sequences (one token) come first, `num_decodes` of them; those
+    with more tokens (prefill chunks) follow.
+
+    tokens, positions: int64 [num_tokens].
+    query_starts: int32 [num_sequences + 1].
+    context_lens: int32 [num_sequences], tokens with a key after this step, this step's included.
+    block_tables: int32 [num_sequences, max_blocks], unused entries 0.
+    logit_rows: int64 [num_rows], which tokens need logits.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    logit_rows: Tensor
+    num_decodes: int
