@@ -8,6 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.metrics import Snapshot, merge, render, snapshot
 
+LINT_ONLY = 3
+"""promtool's exit code for text that parses but has lint."""
+
 
 def replica(engine: str, running: int) -> Snapshot:
     registry = CollectorRegistry()
@@ -58,6 +61,9 @@ def test_one_name_with_two_types_is_refused() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")
 def test_promtool_accepts_the_exposition() -> None:
+    """It parses; the one lint is about the colons of vLLM's own names, which dashboards rely on."""
     text = render([replica("a", 1), replica("b", 2)])
     result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr.decode()
+    problems = [line for line in result.stderr.decode().splitlines() if "should not contain ':'" not in line]
+    assert not problems
+    assert result.returncode in (0, LINT_ONLY)
