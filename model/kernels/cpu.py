@@ -1,0 +1,159 @@
+"""Loads cpu.cpp and calls it on torch tensors.
+
+The library is compiled once for each version of the source, by the machine's own C++
+compiler, into the user's cache folder (`MORAY_CACHE`, else `~/.cache/moray`). Where the
+CPU has no AVX512-BF16, or there is no compiler, `available()` is False and the model runs
+on torch alone.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.datatypes import PagedBatch
+
+logger = logging.getLogger(__name__)
+
+LANES = 16
+"""Columns in a packed panel, and keys in a tile of the cache."""
+MAX_HEAD_DIM = 256
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = (
+    "-O3 -std=c++17 -shared -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16".split()
+)
+_BF16, _FLOAT, _SWIGLU = 0, 1, 2
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine can run the kernels; compiles them on the first call."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    try:
+        _library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("CPU kernels are off, plain torch runs instead (slower): %s", detail)
+        return False
+    return True
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_compiled()))
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.moray_pack.argtypes = [pointer, pointer, size, size]
+    library.moray_matmul.argtypes = [pointer, size, pointer, pointer, size, size, size, size, ctypes.c_int]
+    library.moray_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
+    library.moray_attention.argtypes = (
+        [pointer] * 6 + [size] + [pointer] * 2 + [size, pointer] + [size] * 5 + [ctypes.c_float]
+    )
+    return library
+
+
+def _compiled() -> Path:
+    """Path of the shared library, built if it is not there yet."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++ or clang++) on the PATH")
+    folder = Path(os.environ.get("MORAY_CACHE") or Path.home() / ".cache" / "moray")
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *_FLAGS]).encode()).hexdigest()[:16]
+    target = folder / f"cpu-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Processes that start together each build; the rename makes the last one win whole.
+        handle, building = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+        subprocess.run([compiler, *_FLAGS, "-o", building, str(_SOURCE)], check=True, capture_output=True, text=True)
+        os.replace(building, target)
+    return target
+
+
+class PackedLinear:
+    """`x @ weight.T` with a frozen bfloat16 weight in the kernels' layout.
+
+    weight: [out_features, in_features], in_features even.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._panels = -(-self.out_features // LANES)
+        self._weight = _pack(weight)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """x: bfloat16 [rows, in_features], rows contiguous -> [rows, out_features] in `dtype` (or float32)."""
+        rows, width = x.shape[0], self._panels * LANES
+        out = torch.empty(rows, width, dtype=dtype)
+        epilogue = _FLOAT if dtype is torch.float32 else _BF16
+        _library().moray_matmul(
+            x.data_ptr(), x.stride(0), self._weight.data_ptr(), out.data_ptr(), width, rows, self._panels,
+            self.in_features, epilogue,
+        )  # fmt: skip
+        return out if width == self.out_features else out[:, : self.out_features]
+
+
+class PackedSwiGLU:
+    """`silu(x @ gate.T) * (x @ up.T)` in one pass; gate, up: [hidden, in_features], hidden a multiple of 16."""
+
+    def __init__(self, gate: Tensor, up: Tensor) -> None:
+        self.hidden, self.in_features = gate.shape
+        panels = torch.stack([gate.view(-1, LANES, self.in_features), up.view(-1, LANES, self.in_features)], dim=1)
+        self._weight = _pack(panels.reshape(-1, self.in_features))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: bfloat16 [rows, in_features] -> bfloat16 [rows, hidden]."""
+        rows = x.shape[0]
+        out = torch.empty(rows, self.hidden, dtype=torch.bfloat16)
+        _library().moray_matmul(
+            x.data_ptr(), x.stride(0), self._weight.data_ptr(), out.data_ptr(), self.hidden, rows,
+            2 * self.hidden // LANES, self.in_features, _SWIGLU,
+        )  # fmt: skip
+        return out
+
+
+def _pack(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    if weight.dtype is not torch.bfloat16 or columns % 2:
+        raise ValueError(f"cannot pack a weight of {weight.dtype} {tuple(weight.shape)}: bfloat16, even width needed")
+    weight = weight.contiguous()
+    packed = torch.empty(-(-rows // LANES) * LANES * columns, dtype=torch.bfloat16)
+    _library().moray_pack(weight.data_ptr(), packed.data_ptr(), rows, columns)
+    return packed
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: bfloat16 [rows, dim] contiguous, dim a multiple of 16; weight: bfloat16 [dim] -> like x."""
+    out = torch.empty_like(x)
+    _library().moray_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps)
+    return out
+
+
+def paged_attention(
+    qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, batch: PagedBatch,
+    heads: int, kv_heads: int, head_dim: int, block_size: int, chunk: int = 0,
+) -> Tensor:  # fmt: skip
+    """Rotates q and k, writes k and v into the cache, attends.
+
+    qkv: bfloat16 [tokens, (heads + 2 * kv_heads) * head_dim] contiguous, changed in place.
+    rope: cosines and sines, float32 [tokens, head_dim / 2], or None for a layer without positions.
+    keys, values: one layer of a `PackedCache`. chunk: 0, or the length of local attention chunks.
+    Returns bfloat16 [tokens, heads * head_dim].
+    """
+    out = torch.empty(qkv.shape[0], heads * head_dim, dtype=torch.bfloat16)
+    cosine, sine = (None, None) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
+    _library().moray_attention(
+        qkv.data_ptr(), cosine, sine, keys.data_ptr(), values.data_ptr(), batch.block_tables.data_ptr(),
+        batch.block_tables.stride(0), batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
+        batch.context_lens.shape[0], out.data_ptr(), heads, kv_heads, head_dim, block_size, chunk, head_dim**-0.5,
+    )  # fmt: skip
+    return out

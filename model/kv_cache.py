@@ -1,0 +1,142 @@
+"""Where keys and values live, and which of them a query sees.
+
+A layer hands its queries, keys and values to a `KeyValues` and gets back what its queries
+attend to. Three kinds: `NoCache` (training, causal over what was given), `ContiguousCache`
+(one row of memory a sequence, in buffers), `PagedCache` (blocks, for serving).
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.args import ModelArgs
+from model.datatypes import PagedBatch
+
+
+class KeyValues(Protocol):
+    """Keys and values of one forward pass."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v, returns attention of q over all that it sees.
+
+        q: [..., heads, head_dim]; k, v: [..., kv_heads, head_dim] -> like q.
+        """
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention without copying keys for the queries that share them.
+
+    q: [batch, queries, heads, head_dim]; k, v: [batch, keys, kv_heads, head_dim];
+    mask: bool, True where seen, broadcastable to [batch, queries, keys]; None is causal from key 0.
+    Returns [batch, queries, heads, head_dim].
+    """
+    if mask is None and q.shape[1] > 1:
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
+    queries, group = q.shape[1], q.shape[2] // k.shape[2]
+    # Heads that share a KV head become further queries of it: [batch, kv_heads, queries * group, head_dim].
+    folded = q.unflatten(2, (-1, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    if mask is not None:
+        mask = mask.repeat_interleave(group, dim=1).unsqueeze(1)
+    out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.unflatten(2, (queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+class NoCache:
+    """Every sequence is whole: [batch, length, ...]."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, mask=None)
+
+
+class ContiguousCache(nn.Module):
+    """Buffers [max_batch_size, max_seq_len, kv_heads, head_dim] for each layer, outside the state dict."""
+
+    def __init__(self, args: ModelArgs, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        shape = (args.n_layers, args.max_batch_size, args.max_seq_len, kv_heads, args.width_of_head)
+        self.register_buffer("keys", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("values", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    def at(self, positions: Tensor) -> "ContiguousStep":
+        """The cache as one forward pass sees it. positions: int64 [batch, length]."""
+        batch, _, length = *positions.shape, int(positions.max()) + 1
+        _, max_batch, max_len, *_ = self.keys.shape
+        if batch > max_batch or length > max_len:
+            raise ValueError(
+                f"the cache holds {max_batch} sequences of {max_len} tokens (max_batch_size, max_seq_len); "
+                f"asked for {batch} of {length}"
+            )
+        return ContiguousStep(self.keys, self.values, positions)
+
+
+class ContiguousStep:
+    """One forward pass over a `ContiguousCache`."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self._keys, self._values, self._positions = keys, values, positions
+        self._rows = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+        self._end = int(positions.max()) + 1
+        self._mask = torch.arange(self._end, device=positions.device) <= positions.unsqueeze(-1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._keys[layer].index_put_((self._rows, self._positions), k)
+        self._values[layer].index_put_((self._rows, self._positions), v)
+        batch = q.shape[0]
+        return attention(q, self._keys[layer, :batch, : self._end], self._values[layer, :batch, : self._end], self._mask)
+
+
+class PagedCache:
+    """Blocks of `block_size` tokens for many sequences; which block is whose is the scheduler's business.
+
+    This is the plain torch form, any dtype; `model.packed.PackedCache` is the fast one.
+    """
+
+    def __init__(
+        self, args: ModelArgs, kv_heads: int, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        shape = (args.n_layers, num_blocks * block_size, kv_heads, args.width_of_head)
+        self.keys = torch.zeros(shape, dtype=dtype)
+        self.values = torch.zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def bytes_per_block(args: ModelArgs, kv_heads: int, block_size: int, dtype: torch.dtype) -> int:
+        """Memory of one block over all layers, keys and values."""
+        return 2 * args.n_layers * block_size * kv_heads * args.width_of_head * dtype.itemsize
+
+    def at(self, batch: PagedBatch) -> "PagedStep":
+        """The cache as one step sees it."""
+        return PagedStep(self, batch)
+
+
+class PagedStep:
+    """One step over a `PagedCache`."""
+
+    def __init__(self, cache: PagedCache, batch: PagedBatch) -> None:
+        self._cache = cache
+        tables, size = batch.block_tables.long(), cache.block_size
+        ends, starts = batch.context_lens.tolist(), batch.query_starts.tolist()
+        # Where in the cache the tokens of each sequence are, in order of position.
+        self._slots = [
+            (tables[s, : -(-end // size), None] * size + torch.arange(size)).flatten()[:end]
+            for s, end in enumerate(ends)
+        ]
+        self._queries = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        self._written = torch.cat(
+            [slots[len(slots) - (q.stop - q.start) :] for slots, q in zip(self._slots, self._queries, strict=True)]
+        )
+        self._masks = [
+            torch.arange(end) <= torch.arange(end - (q.stop - q.start), end)[:, None]
+            for end, q in zip(ends, self._queries, strict=True)
+        ]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._written] = k
+        values[self._written] = v
+        out = torch.empty_like(q)
+        for rows, slots, mask in zip(self._queries, self._slots, self._masks, strict=True):
+            out[rows] = attention(q[None, rows], keys[None, slots], values[None, slots], mask[None])[0]
+        return out

@@ -1,0 +1,128 @@
+"""The parts of a transformer block. Each reads and writes `x` of shape [..., dim], whatever the leading shape.
+
+Attention leaves keys and values, and who sees whom, to the `KeyValues` it is given (kv_cache.py).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from model.args import ModelArgs
+from model.kv_cache import KeyValues
+from model.parallel import split
+
+
+def column_parallel(dim_in: int, dim_out: int) -> ColumnParallelLinear:
+    """Each rank computes its own columns of the output. Weights start uninitialized: `LLM` fills them."""
+    return ColumnParallelLinear(dim_in, dim_out, bias=False, gather_output=False, init_method=lambda w: w)
+
+
+def row_parallel(dim_in: int, dim_out: int) -> RowParallelLinear:
+    """Each rank reads its own columns of the input; outputs are summed over ranks."""
+    return RowParallelLinear(dim_in, dim_out, bias=False, input_is_parallel=True, init_method=lambda w: w)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def apply_scaling(freqs: Tensor, args: ModelArgs) -> Tensor:
+    """Stretches the slow rotations for a longer context, as Llama 3.1 does.
+
+    Frequencies of wavelength above `original_len / low_freq_factor` are divided by the scaling
+    factor, those below `original_len / high_freq_factor` stay, those between are interpolated.
+    freqs: float32 [head_dim / 2] -> the same shape.
+    """
+    low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+    wavelengths = 2 * math.pi / freqs
+    turns = args.rope_original_max_len / wavelengths
+    smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns > high).to(freqs.dtype)
+    return freqs * (smooth + (1 - smooth) / args.rope_scaling_factor)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al., 2021) over interleaved pairs: cosines and sines by position."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        half = torch.arange(0, args.width_of_head, 2, dtype=torch.float32) / args.width_of_head
+        freqs = 1.0 / args.rope_theta**half
+        if args.use_scaled_rope:
+            freqs = apply_scaling(freqs, args)
+        angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freqs)
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: int64 [...] -> cosines and sines, float32 [..., head_dim / 2] each."""
+        return self.cosine[positions], self.sine[positions]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs of x [..., heads, head_dim] by the angles of their positions [..., head_dim / 2]."""
+    cosine, sine = (angle.unsqueeze(-2) for angle in rope)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention; heads are split over tensor-parallel ranks."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = args.width_of_head
+        self.heads = split(args.n_heads, "n_heads")
+        self.kv_heads = split(args.kv_heads, "n_kv_heads")
+        self.wq = column_parallel(args.dim, args.n_heads * self.head_dim)
+        self.wk = column_parallel(args.dim, args.kv_heads * self.head_dim)
+        self.wv = column_parallel(args.dim, args.kv_heads * self.head_dim)
+        self.wo = row_parallel(args.n_heads * self.head_dim, args.dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KeyValues) -> Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, rope), rotate(k, rope)
+        return self.wo(kv.attend(self.layer, q, k, v).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020); the hidden width is split over tensor-parallel ranks."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        split(args.hidden_dim, "ffn_hidden_dim")
+        self.w1 = column_parallel(args.dim, args.hidden_dim)
+        self.w3 = column_parallel(args.dim, args.hidden_dim)
+        self.w2 = row_parallel(args.hidden_dim, args.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then the same with the feed-forward."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KeyValues) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, kv)
+        return x + self.feed_forward(self.ffn_norm(x))

@@ -1,0 +1,94 @@
+"""The transformer: token ids in, logits out.
+
+Two ways in, one set of layers. `forward` takes a rectangular batch: for training and plain
+use. `step` takes a `PagedBatch` of many sequences at different places: for serving.
+"""
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from torch import Tensor, nn
+
+from model.args import ModelArgs
+from model.datatypes import PagedBatch, TransformerInput, TransformerOutput
+from model.kv_cache import ContiguousCache, KeyValues, NoCache, PagedCache
+from model.layers import RMSNorm, RotaryEmbedding, TransformerBlock, column_parallel
+from model.parallel import ensure_model_parallel, split
+
+
+class LLM(nn.Module):
+    """A decoder-only transformer.
+
+    Parameters are named as in Meta's checkpoints. `initialize=False` leaves them undefined, for
+    a checkpoint to fill.
+    """
+
+    def __init__(self, args: ModelArgs, *, initialize: bool = True) -> None:
+        super().__init__()
+        ensure_model_parallel()
+        split(args.vocab_size, "vocab_size")
+        self.args = args
+        self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
+        self.rope = RotaryEmbedding(args)
+        self.cache: ContiguousCache | None = None
+        if initialize:
+            self.initialize_parameters()
+
+    @torch.no_grad()
+    def initialize_parameters(self) -> None:
+        """Normal with deviation 0.02, and smaller where a block adds to the residual stream (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                into_residual = name.endswith(("wo.weight", "w2.weight"))
+                parameter.normal_(std=0.02 / (2 * self.args.n_layers) ** 0.5 if into_residual else 0.02)
+
+    def forward(self, inputs: TransformerInput, inference: bool = False) -> TransformerOutput:
+        """Logits [batch, length, vocab_size] of a rectangular batch.
+
+        Without `inference` gradients flow and the batch is all there is to see. With it, keys and
+        values of earlier calls are seen too: a row at position p continues what its cache holds.
+        """
+        positions = _positions(inputs)
+        if int(positions.max()) >= self.args.max_seq_len:
+            raise ValueError(f"position {int(positions.max())} is beyond max_seq_len ({self.args.max_seq_len})")
+        if not inference:
+            return TransformerOutput(self._logits(self._hidden(inputs.tokens, positions, NoCache())))
+        with torch.no_grad():
+            kv = self._contiguous_cache().at(positions)
+            return TransformerOutput(self._logits(self._hidden(inputs.tokens, positions, kv)))
+
+    @torch.inference_mode()
+    def step(self, batch: PagedBatch, cache: PagedCache) -> Tensor:
+        """Logits [num_rows, vocab_size] of the tokens that `batch.logit_rows` names."""
+        hidden = self._hidden(batch.tokens, batch.positions, cache.at(batch))
+        return self._logits(hidden[batch.logit_rows])
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
+        x = self.tok_embeddings(tokens)
+        rope = self.rope(positions)
+        for layer in self.layers:
+            x = layer(x, rope, kv)
+        return self.norm(x)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.output is not None:
+            return gather_from_model_parallel_region(self.output(hidden))
+        return gather_from_model_parallel_region(F.linear(hidden, self.tok_embeddings.weight))
+
+    def _contiguous_cache(self) -> ContiguousCache:
+        weight = self.tok_embeddings.weight
+        if self.cache is None or self.cache.keys.dtype != weight.dtype or self.cache.keys.device != weight.device:
+            kv_heads = self.layers[0].attention.kv_heads
+            self.cache = ContiguousCache(self.args, kv_heads, weight.dtype, weight.device)
+        return self.cache
+
+
+def _positions(inputs: TransformerInput) -> Tensor:
+    """The position of every token: int64 [batch, length]."""
+    batch, length = inputs.tokens.shape
+    start = torch.as_tensor(inputs.tokens_position, device=inputs.tokens.device).reshape(-1, 1)
+    return (start + torch.arange(length, device=inputs.tokens.device)).expand(batch, length)
