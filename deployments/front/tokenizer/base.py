@@ -8,6 +8,7 @@ vocabulary came from.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 
@@ -74,6 +75,14 @@ class Tokenizer(ABC):
         if self.vocabulary.leading_space and not continues:
             data = data.removeprefix(b" ")
         return data.decode(errors="replace")
+
+    def shown_pieces(self, skip_special_tokens: bool) -> Sequence[bytes]:
+        """What each token adds to decoded text, by id: `vocabulary.pieces`, special ones empty if they are skipped."""
+        return self._pieces_without_special if skip_special_tokens else self.vocabulary.pieces
+
+    @cached_property
+    def _pieces_without_special(self) -> Sequence[bytes]:
+        return [b"" if i in self.special_ids else piece for i, piece in enumerate(self.vocabulary.pieces)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes of a token, special or not; nothing for an id outside the vocabulary."""
