@@ -1,1 +1,119 @@
 """One tensor-parallel rank: its slice of the model, its KV blocks, its sampler."""
+
+import logging
+import os
+import time
+
+import psutil
+import torch
+from torch import Tensor
+
+from model import LLM, ModelArgs
+from model.checkpoint import open_checkpoint
+from model.datatypes import PagedBatch
+from model.kv_cache import PagedCache
+from model.packed import PackedCache, can_pack, pack
+from model.sampling import SampledTokens, SamplingBatch, sample
+
+logger = logging.getLogger(__name__)
+
+
+class Shard:
+    """Loads a checkpoint, sizes the KV cache, runs steps.
+
+    path: as `open_checkpoint` takes it. dtype: "bfloat16" or "float32".
+    kv_cache_memory: bytes for keys and values; None takes `kv_cache_memory_share` of the memory
+    that is free once the weights are loaded, and no more than `max_num_seqs` whole sequences need.
+    num_threads: torch's; None takes every CPU this process may run on.
+
+    Raises ValueError when the sizes do not fit the checkpoint or the memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        dtype: str,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int | None = None,
+        kv_cache_memory: int | None = None,
+        kv_cache_memory_share: float = 0.25,
+        num_threads: int | None = None,
+    ) -> None:
+        # Ray gives actors one OpenMP thread; the model wants all its CPUs.
+        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        started = time.monotonic()
+        checkpoint = open_checkpoint(path)
+        self.args = checkpoint.args
+        self.max_model_len = _model_len(max_model_len, self.args.max_seq_len)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        model = _empty_model(checkpoint.args, self.dtype)
+        checkpoint.load_into(model)
+        packed = can_pack(self.args, self.dtype, block_size)
+        self._model = pack(model) if packed else model
+        logger.info(
+            "loaded %s as %s in %.1f s (%s, %d threads)", path, dtype, time.monotonic() - started,
+            "AVX512-BF16 kernels" if packed else "plain torch", torch.get_num_threads(),
+        )  # fmt: skip
+
+        kv_heads = self.args.kv_heads
+        block_bytes = PagedCache.bytes_per_block(self.args, kv_heads, block_size, self.dtype)
+        blocks_per_sequence = -(-self.max_model_len // block_size)
+        budget = kv_cache_memory or int(psutil.virtual_memory().available * kv_cache_memory_share)
+        self.num_blocks = budget // block_bytes
+        if kv_cache_memory is None:
+            self.num_blocks = min(self.num_blocks, max_num_seqs * blocks_per_sequence)
+        if self.num_blocks < blocks_per_sequence:
+            raise ValueError(
+                f"kv_cache_memory of {budget / 2**20:.0f} MiB holds {self.num_blocks * block_size} tokens, fewer than "
+                f"max_model_len ({self.max_model_len}): give it at least "
+                f"{blocks_per_sequence * block_bytes / 2**20:.0f} MiB, or lower max_model_len"
+            )
+        self.block_size = block_size
+        kind = PackedCache if packed else PagedCache
+        self._cache = kind(self.args, kv_heads, self.num_blocks, block_size, self.dtype)
+        logger.info(
+            "KV cache: %d tokens in %d blocks, %.0f MiB",
+            self.num_blocks * block_size, self.num_blocks, self.num_blocks * block_bytes / 2**20,
+        )  # fmt: skip
+        self._warm_up()
+
+    def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens:
+        """Runs the tokens of `batch` and samples one token for each of its logit rows."""
+        return sample(self.logits(batch), sampling)
+
+    def logits(self, batch: PagedBatch) -> Tensor:
+        """float [num_rows, vocab_size] of the rows that `batch` asks for."""
+        return self._model.step(batch, self._cache)
+
+    def _warm_up(self) -> None:
+        """Touches every weight once, so that the first request does not pay for it."""
+        length = min(self.block_size, self.max_model_len)
+        self.logits(
+            PagedBatch(
+                tokens=torch.zeros(length, dtype=torch.int64),
+                positions=torch.arange(length),
+                query_starts=torch.tensor([0, length], dtype=torch.int32),
+                context_lens=torch.tensor([length], dtype=torch.int32),
+                block_tables=torch.zeros(1, 1, dtype=torch.int32),
+                logit_rows=torch.tensor([length - 1]),
+                num_decodes=0,
+            )
+        )
+
+
+def _model_len(wanted: int | None, limit: int) -> int:
+    if wanted is not None and wanted > limit:
+        raise ValueError(f"max_model_len ({wanted}) is above the checkpoint's context length ({limit})")
+    return wanted or limit
+
+
+def _empty_model(args: ModelArgs, dtype: torch.dtype) -> LLM:
+    """A model whose parameters have memory but no values."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LLM(args, initialize=False).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)

@@ -15,11 +15,13 @@ from model.kernels import cpu
 from model.kv_cache import PagedCache
 from model.layers import Attention, FeedForward, RMSNorm
 from model.model import LLM
+from model.parallel import model_parallel_size
 
 
 def can_pack(args: ModelArgs, dtype: torch.dtype, block_size: int) -> bool:
     """Whether the kernels are there and take this model's shapes."""
-    fits = args.width_of_head % cpu.LANES == 0 and args.width_of_head <= cpu.MAX_HEAD_DIM and args.dim % cpu.LANES == 0
+    widths = (args.width_of_head, args.dim, args.hidden_dim // model_parallel_size())
+    fits = all(width % cpu.LANES == 0 for width in widths) and args.width_of_head <= cpu.MAX_HEAD_DIM
     return dtype is torch.bfloat16 and block_size % cpu.LANES == 0 and fits and cpu.available()
 
 
