@@ -4,6 +4,7 @@ Attention leaves keys and values, and who sees whom, to the `KeyValues` it is gi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,24 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        half = torch.arange(0, args.width_of_head, 2, dtype=torch.float32) / args.width_of_head
+        self.args = args
+        self._fill_tables(torch.device("cpu"))
+
+    def _fill_tables(self, device: torch.device) -> None:
+        args = self.args
+        half = torch.arange(0, args.width_of_head, 2, dtype=torch.float32, device=device) / args.width_of_head
         freqs = 1.0 / args.rope_theta**half
         if args.use_scaled_rope:
             freqs = apply_scaling(freqs, args)
-        angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freqs)
+        angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32, device=device), freqs)
         self.register_buffer("cosine", angles.cos(), persistent=False)
         self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        """Follows the model to a device, but stays float32 when it is cast: bfloat16 cannot tell positions apart."""
+        super()._apply(fn, recurse)
+        self._fill_tables(self.cosine.device)
+        return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: int64 [...] -> cosines and sines, float32 [..., head_dim / 2] each."""

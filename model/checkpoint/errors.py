@@ -1,0 +1,5 @@
+"""What goes wrong with a checkpoint."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be found, read, or made to fit. The message names the culprit, and the remedy if there is one."""

@@ -1,0 +1,114 @@
+"""Llama 1 to 3 as Meta publishes them: params.json beside consolidated.*.pth, one file for each rank of training.
+
+How many files there are has nothing to do with how many ranks serve: each tensor is the join of its parts.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.args import ModelArgs
+from model.checkpoint.checkpoint import Checkpoint
+from model.checkpoint.config import model_args, read_json, required
+from model.checkpoint.errors import CheckpointError
+from model.checkpoint.slices import split_dim
+from model.checkpoint.source import Joined, Mapped, TensorSource
+
+_DERIVED = "rope.freqs"
+_SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+_EMBEDDING = "tok_embeddings.weight"
+_NOT_OF_THE_MODEL = ("max_batch_size",)
+_LLAMA_3_2 = ((2048, 16), (3072, 28))
+"""dim and n_layers of 1B and 3B, which stretch their rotations by 32; params.json does not tell."""
+
+
+def open_meta(folder: Path) -> Checkpoint:
+    """Opens the Llama model in `folder`."""
+    origin = folder / "params.json"
+    params = read_json(origin)
+    shards = [_read_shard(path) for path in _files(folder)]
+    _check_same_names(shards, folder)
+    sources = {name: _source(name, [shard[name] for shard in shards], params) for name in shards[0]}
+    if _EMBEDDING not in sources:
+        raise CheckpointError(f"{folder} has no tensor {_EMBEDDING}")
+    return Checkpoint(str(folder), _args(params, origin, sources), sources)
+
+
+def _files(folder: Path) -> list[Path]:
+    numbered = {int(match[1]): path for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
+    if not numbered:
+        raise CheckpointError(f"{folder} has a params.json but no consolidated.*.pth")
+    missing = [number for number in range(max(numbered) + 1) if number not in numbered]
+    if missing:
+        raise CheckpointError(f"{folder} lacks consolidated files number {', '.join(map(str, missing))}")
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a dictionary of tensors")
+    unsupported = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if unsupported:
+        raise CheckpointError(f"{path}: quantized tensors are not supported: {', '.join(unsupported[:10])}")
+    return {name: tensor for name, tensor in tensors.items() if name != _DERIVED}
+
+
+def _check_same_names(shards: list[dict[str, Tensor]], folder: Path) -> None:
+    everywhere = set.intersection(*(set(shard) for shard in shards))
+    somewhere = set.union(*(set(shard) for shard in shards))
+    if somewhere != everywhere:
+        names = ", ".join(sorted(somewhere - everywhere)[:20])
+        raise CheckpointError(f"{folder}: these tensors are in some of its files, but not in all: {names}")
+
+
+def _source(name: str, parts: list[Tensor], params: dict[str, Any]) -> TensorSource:
+    if len(parts) == 1:
+        return Mapped(parts[0])
+    try:
+        dim = split_dim(name)
+    except CheckpointError:
+        dim = None  # not a tensor of a Llama: to be reported with its name on loading
+    if name == _EMBEDDING and parts[0].shape[1] != params.get("dim"):
+        dim = 1  # Llama 1 and 2 split the embedding by columns, 3 by rows
+    if dim is None:
+        return Mapped(parts[0])
+    return Joined(tuple(Mapped(part) for part in parts), dim)
+
+
+def _args(params: dict[str, Any], origin: Path, sources: dict[str, TensorSource]) -> ModelArgs:
+    for key in ("dim", "n_layers", "n_heads"):
+        required(params, key, origin)
+    fields = {key: value for key, value in params.items() if key not in _NOT_OF_THE_MODEL}
+    unknown = sorted(set(fields) - set(ModelArgs.model_fields))
+    if unknown:
+        raise CheckpointError(f"{origin}: not supported: {', '.join(unknown)}")
+    if fields.get("vocab_size", -1) < 0:
+        fields["vocab_size"] = sources[_EMBEDDING].shape[0]
+    fields.setdefault("tie_word_embeddings", "output.weight" not in sources)
+    return model_args(origin, **_with_era(fields))
+
+
+def _with_era(fields: dict[str, Any]) -> dict[str, Any]:
+    """Adds what params.json leaves to the code of its time: Llama 2's, 3's or 3.1's."""
+    if "rope_theta" not in fields:
+        era: dict[str, Any] = {"rope_theta": 10000.0, "max_seq_len": 4096}
+    elif not fields.get("use_scaled_rope"):
+        era = {"max_seq_len": 8192}
+    else:
+        size = (fields["dim"], fields["n_layers"])
+        era = {
+            "max_seq_len": 131072,
+            "rope_scaling_factor": 32.0 if size in _LLAMA_3_2 else 8.0,
+            "rope_low_freq_factor": 1.0,
+            "rope_high_freq_factor": 4.0,
+            "rope_original_max_len": 8192,
+        }
+    return era | fields

@@ -1,0 +1,78 @@
+"""Which part of a tensor a tensor-parallel rank holds. Pure functions of names and shapes.
+
+A new kind of parameter is a new line of the table. A tensor that a format stores fused or
+otherwise arranged is taken apart by its source; here every name means one matrix.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+from model.args import ModelArgs
+from model.checkpoint.errors import CheckpointError
+from model.checkpoint.source import Region
+
+_SPLIT_DIMS: dict[str, int | None] = {
+    "tok_embeddings.weight": 0,
+    "output.weight": 0,
+    "norm.weight": None,
+    "attention.wq.weight": 0,
+    "attention.wk.weight": 0,
+    "attention.wv.weight": 0,
+    "attention.wo.weight": 1,
+    "feed_forward.w1.weight": 0,
+    "feed_forward.w2.weight": 1,
+    "feed_forward.w3.weight": 0,
+    "attention_norm.weight": None,
+    "ffn_norm.weight": None,
+}
+"""Parameter -> the dimension that is split over ranks; None: every rank holds all of it."""
+
+_LAYER = re.compile(r"^layers\.\d+\.")
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension of parameter `name` that is split over ranks, None if it is replicated."""
+    kind = _LAYER.sub("", name)
+    if kind not in _SPLIT_DIMS:
+        raise CheckpointError(f"do not know how {name} is split over tensor-parallel ranks")
+    return _SPLIT_DIMS[kind]
+
+
+def rank_region(name: str, shape: Sequence[int], rank: int, world_size: int) -> Region:
+    """What `rank` of `world_size` holds of the tensor `name` of full `shape`."""
+    region = [slice(0, size) for size in shape]
+    dim = split_dim(name)
+    if dim is not None and world_size > 1:
+        size, rest = divmod(shape[dim], world_size)
+        if rest:
+            raise CheckpointError(f"dimension {dim} of {name} ({shape[dim]}) does not divide by {world_size}")
+        region[dim] = slice(rank * size, (rank + 1) * size)
+    return tuple(region)
+
+
+def possible_world_sizes(args: ModelArgs) -> list[int]:
+    """The tensor-parallel sizes that cut this model into equal parts of whole heads."""
+    common = math.gcd(*_split_counts(args).values())
+    return [size for size in range(1, common + 1) if common % size == 0]
+
+
+def check_world_size(args: ModelArgs, rank: int, world_size: int) -> None:
+    """CheckpointError, with the sizes that are possible, when the model cannot be cut over `world_size` ranks."""
+    if not 0 <= rank < world_size:
+        raise CheckpointError(f"rank {rank} is not one of {world_size} ranks")
+    undivided = [f"{name} ({count})" for name, count in _split_counts(args).items() if count % world_size]
+    if undivided:
+        possible = ", ".join(map(str, possible_world_sizes(args)))
+        raise CheckpointError(
+            f"a tensor-parallel size of {world_size} does not divide {', '.join(undivided)}; these sizes do: {possible}"
+        )
+
+
+def _split_counts(args: ModelArgs) -> dict[str, int]:
+    return {
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.kv_heads,
+        "ffn_hidden_dim": args.hidden_dim,
+        "vocab_size": args.vocab_size,
+    }
