@@ -2,4 +2,4 @@
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be found, read, or made to fit. The message names the culprit, and the remedy if there is one."""
+    """A checkpoint cannot be found, read, or made to fit. The message names the culprit and, if any, the remedy."""

@@ -84,7 +84,9 @@ class _Cursor:
         infos = [self._tensor_info() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         begin = -(-self._at // alignment) * alignment
-        return GGUFFile(metadata, {name: self._tensor(name, begin + at, *info) for name, at, *info in infos})
+        return GGUFFile(
+            metadata, {name: self._tensor(name, begin + at, shape, kind) for name, at, shape, kind in infos}
+        )
 
     def _tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._string()

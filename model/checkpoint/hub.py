@@ -32,6 +32,6 @@ def local_path(location: str | Path) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{location} is not in the local cache, and the hub cannot be reached: {error}") from error
+        raise CheckpointError(f"{location} is not in the local cache, and the hub is out of reach: {error}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{location} cannot be downloaded: {error}") from error

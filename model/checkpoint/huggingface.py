@@ -103,7 +103,7 @@ def _files(folder: Path) -> list[Path]:
     else:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) > 1:
-            raise CheckpointError(f"{folder} has several safetensors files but no {_INDEX} to say which belong together")
+            raise CheckpointError(f"{folder} has several safetensors files, but no {_INDEX} to say which to take")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks files that its index names: {', '.join(missing)}; download them again")

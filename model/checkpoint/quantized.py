@@ -56,12 +56,12 @@ class Quantized:
         size, size_bytes = GGML_QUANT_SIZES[self.stored.type]
         first, last = columns.start // size, -(-columns.stop // size)
         packed = self.stored.data[(*rows, slice(first * size_bytes, last * size_bytes))]
-        unpack = _UNPACK.get(self.stored.type)
-        if unpack is None:
-            values = torch.from_numpy(gguf.dequantize(packed, self.stored.type))
+        if unpack := _UNPACK.get(self.stored.type):
+            values = unpack(torch.from_numpy(packed).reshape(-1, size_bytes))
         else:
-            blocks = torch.from_numpy(packed).reshape(-1, size_bytes)
-            values = unpack(blocks).view(*packed.shape[:-1], (last - first) * size)
+            # As one long row: the library works on 16 rows at a time, which is slow when rows are short.
+            values = torch.from_numpy(gguf.dequantize(packed.reshape(1, -1), self.stored.type))
+        values = values.view(*packed.shape[:-1], (last - first) * size)
         return values[..., columns.start - first * size : columns.stop - first * size]
 
 
