@@ -86,14 +86,17 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: whatever it does wrong is a bad request, not our fault
             raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _message(self, message: Any) -> dict[str, Any]:
+        if not isinstance(message, dict):
+            raise ChatTemplateError(f"a message must be an object, not {message!r}")
         content = message.get("content")
         if isinstance(content, list) and not self._takes_parts:
             message["content"] = "\n".join(map(_text_of, content))
         elif isinstance(content, str) and not self._takes_text:
             message["content"] = [{"type": "text", "text": content}]
         for call in message.get("tool_calls") or ():
-            _parse_arguments(call.get("function", {}))
+            if isinstance(call, dict) and isinstance(function := call.get("function"), dict):
+                _parse_arguments(function)
         return message
 
 
@@ -130,7 +133,7 @@ def _mark_open_end(chat: list[dict[str, Any]]) -> None:
         last["content"] = content + _OPEN_END
         return
     for part in reversed(content or ()):
-        if "text" in part:
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
             part["text"] += _OPEN_END
             return
     raise ChatTemplateError("continue_final_message needs a final message with text to continue")
@@ -157,7 +160,7 @@ def _takes_parts(tree: nodes.Template) -> bool:
     return any(_is_content(loop.iter, aliases) for loop in tree.find_all(nodes.For))
 
 
-def _is_content(node: nodes.Expr, aliases: frozenset[str] | set[str]) -> bool:
+def _is_content(node: nodes.Node, aliases: frozenset[str] | set[str]) -> bool:
     match node:
         case nodes.Filter(node=inner) if inner is not None:
             return _is_content(inner, aliases)

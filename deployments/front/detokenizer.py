@@ -64,7 +64,7 @@ class IncrementalDetokenizer:
         if self._stops is None:
             return rest
         safe = self._search(self._stops, rest, self.num_tokens > self._min_tokens)
-        return safe if self.stop_reason is not None else safe + self._stops.held
+        return safe if self.stop_reason is not None else safe + self._stops.rest()
 
     def _search(self, stops: "_StopStrings", text: str, counts: bool) -> str:
         if not text:
@@ -130,8 +130,6 @@ class _StopStrings:
         if "" in stop:
             raise ValueError("a stop string must not be empty")
         self._stop = sorted(stop, key=len, reverse=True)
-        self._longest = len(self._stop[0])
-        self._first = {text[0] for text in stop}
         self._include = include_in_output
         self._told = 0
         self._too_early = 0
@@ -169,7 +167,15 @@ class _StopStrings:
 
     def _may_begin(self, buffer: str) -> int:
         """Where the longest ending of `buffer` that begins a stop string starts; its length when there is none."""
-        for start in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
-            if buffer[start] in self._first and any(stop.startswith(buffer[start:]) for stop in self._stop):
-                return start
-        return len(buffer)
+        earliest = len(buffer)
+        for stop in self._stop:
+            start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1), earliest)
+            while start >= 0 and not stop.startswith(buffer[start:]):
+                start = buffer.find(stop[0], start + 1, earliest)
+            if start >= 0:
+                earliest = start
+        return earliest
+
+    def rest(self) -> str:
+        """What is held back and was not shown yet, when no more text comes."""
+        return self.held[self._told :]

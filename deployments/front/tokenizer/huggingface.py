@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -57,8 +58,10 @@ def _vocabulary(path: Path, backend: tokenizers.Tokenizer, settings: Settings) -
 
 def _decoding(path: Path, backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], bool]:
     """How tokens become bytes, and whether decoding takes a leading space away."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    decoder: dict[str, Any] = (
+        json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
+    )
+    steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return byte_level_piece, False

@@ -20,16 +20,29 @@ _SPECIAL = re.compile(r"(<\|[a-z0-9_]+\|>)")
 _LONGEST_RUN = 25_000
 """Characters of one run of (non-)whitespace in one call: tiktoken's regular expression fails on much longer ones."""
 
-_LLAMA3_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_LLAMA4_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|header_start|>' + message['role'] + '<|header_end|>\n\n'"
-    " + message['content'] | trim + '<|eot|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|header_start|>assistant<|header_end|>\n\n' }}{% endif %}"
-)
+_TEMPLATE = """\
+{%% if tools %%}{{ raise_exception('no chat template for tools; configure one') }}{%% endif %%}
+{{- bos_token }}
+{%%- for message in messages %%}
+    {%%- if message.tool_calls %%}{{ raise_exception('no chat template for tool calls; configure one') }}{%% endif %%}
+    {%%- set tool = message.role == 'tool' %%}
+    {{- '%(start)s' + ('ipython' if tool else message.role) + '%(end)s\\n\\n' + message.content | trim }}
+    {{- '%(after_tool)s' if tool else '%(after)s' }}
+{%%- endfor %%}
+{%%- if add_generation_prompt %%}{{ '%(start)sassistant%(end)s\\n\\n' }}{%% endif %%}
+"""
+_LLAMA3_TEMPLATE = _TEMPLATE % {
+    "start": "<|start_header_id|>",
+    "end": "<|end_header_id|>",
+    "after": "<|eot_id|>",
+    "after_tool": "<|eot_id|>",
+}
+_LLAMA4_TEMPLATE = _TEMPLATE % {
+    "start": "<|header_start|>",
+    "end": "<|header_end|>",
+    "after": "<|eot|>",
+    "after_tool": "<|eom|>",
+}
 
 
 @dataclass(frozen=True)
