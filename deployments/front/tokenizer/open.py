@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from deployments.front.tokenizer.base import Tokenizer, TokenizerError
 from deployments.front.tokenizer.gguf import open_gguf
 from deployments.front.tokenizer.huggingface import open_huggingface
@@ -20,8 +18,17 @@ def open_tokenizer(location: str) -> Tokenizer:
     Raises TokenizerError that names the location and what is wrong with it.
     """
     if location.startswith(_HUB):
-        return _open(Path(snapshot_download(location.removeprefix(_HUB), allow_patterns=_HUB_FILES)))
+        return _open(_download(location))
     return _open(Path(location))
+
+
+def _download(location: str) -> Path:
+    from huggingface_hub import snapshot_download  # a fifth of a second that only these locations need
+
+    try:
+        return Path(snapshot_download(location.removeprefix(_HUB), allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # the hub's HTTP errors are OSErrors, its name checks ValueErrors
+        raise TokenizerError(f"{location}: {error}") from error
 
 
 def _open(path: Path) -> Tokenizer:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from deployments.front.chat_template import ChatTemplate
 from deployments.front.tokenizer import Tokenizer, TokenizerError, open_tokenizer
 from deployments.front.tokenizer.gguf_metadata import read_gguf_metadata
 
@@ -64,6 +65,14 @@ def test_smollm2_facts(smollm2: Tokenizer, oracle: Any) -> None:
         "pad_token": "<|im_end|>",
     }
     assert smollm2.chat_template == oracle.chat_template
+
+
+def test_smollm2_reads_a_chat_as_transformers_does(smollm2: Tokenizer, oracle: Any) -> None:
+    template = ChatTemplate(smollm2.chat_template or "", smollm2.special_tokens)
+    question = [{"role": "user", "content": "What is 12 x  34?\n<|im_end|> größer 😀"}]
+    for messages in (question, [{"role": "system", "content": "Be brief."}, *question]):
+        ids = smollm2.encode(template.render(messages), add_special_tokens=False)
+        assert ids == oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def test_smollm2_opens_well_within_a_second(smollm2_path: Path) -> None:

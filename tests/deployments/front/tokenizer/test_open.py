@@ -27,3 +27,8 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(TokenizerError, match="it has 2 GGUF files"):
         open_tokenizer(str(tmp_path))
+
+
+def test_a_name_that_no_hub_can_have_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="hf://not a name"):
+        open_tokenizer("hf://not a name")

@@ -2,6 +2,7 @@
 
 import importlib
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_special_tokens_are_metas(pair: tuple[Tokenizer, Any]) -> None:
 def test_long_runs_are_encoded_as_meta_does(pair: tuple[Tokenizer, Any], long: str) -> None:
     ours, theirs = pair
     assert ours.encode(long) == theirs.encode(long, bos=True, eos=False)
+
+
+def test_runs_just_short_of_the_limit_take_linear_time(pair: tuple[Tokenizer, Any]) -> None:
+    ours, _ = pair
+    text = ("ab" * 12_000 + " ") * 16
+    start = time.process_time()
+    ours.encode(text)
+    assert time.process_time() - start < 5
 
 
 def test_text_longer_than_one_call_of_meta_keeps_its_special_tokens(pair: tuple[Tokenizer, Any]) -> None:
