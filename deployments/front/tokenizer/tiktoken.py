@@ -25,6 +25,7 @@ _TEMPLATE = """\
 {{- bos_token }}
 {%%- for message in messages %%}
     {%%- if message.tool_calls %%}{{ raise_exception('no chat template for tool calls; configure one') }}{%% endif %%}
+    {%%- if message.content is not string %%}{{ raise_exception('content must be text') }}{%% endif %%}
     {%%- set tool = message.role == 'tool' %%}
     {{- '%(start)s' + ('ipython' if tool else message.role) + '%(end)s\\n\\n' + message.content | trim }}
     {{- '%(after_tool)s' if tool else '%(after)s' }}

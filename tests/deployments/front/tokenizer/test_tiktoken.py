@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments.front.chat_template import ChatTemplate
+from deployments.front.chat_template import ChatTemplate, ChatTemplateError
 from deployments.front.tokenizer import Tokenizer, TokenizerError, open_tokenizer
 
 
@@ -102,6 +102,15 @@ def test_the_llama4_chat_template(llama_models: Path) -> None:
         "<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi<|eot|>"
         "<|header_start|>ipython<|header_end|>\n\n1<|eom|><|header_start|>assistant<|header_end|>\n\n"
     )
+
+
+def test_the_chat_templates_refuse_what_they_cannot_write(llama_models: Path) -> None:
+    ours = open_tokenizer(str(llama_models / "llama3" / "tokenizer.model"))
+    template = ChatTemplate(ours.chat_template or "", ours.special_tokens)
+    with pytest.raises(ChatTemplateError, match="content must be text"):
+        template.render([{"role": "assistant", "content": None}])
+    with pytest.raises(ChatTemplateError, match="no chat template for tools"):
+        template.render([{"role": "user", "content": "Hi"}], tools=[{"type": "function"}])
 
 
 def test_files_of_another_size_are_refused(tmp_path: Path) -> None:
