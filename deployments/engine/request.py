@@ -86,6 +86,28 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True):
     deltas: list[TokenDelta]
 
 
+@dataclass(frozen=True)
+class EngineDescription:
+    """What an engine serves and how much of it fits. `num_kv_tokens` is what the KV cache holds, over all requests."""
+
+    model_id: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    block_size: int
+    num_kv_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class RequestTooLong(ValueError):
+    """Prompt and output cannot fit the context length or the KV cache, not even alone."""
+
+
+class StepFailed(RuntimeError):
+    """The engine failed while it computed this request; other requests went on."""
+
+
 class QueueFull(Exception):
     """The engine has as many waiting requests as it admits. `retry_after` is in seconds."""
 
