@@ -6,7 +6,37 @@ do not belong here, with one exception: `max_batch_size` and `max_seq_len`
 size the cache of plain, non-serving use, as they do in the reference.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class MoEArgs(BaseModel):
+    """Mixture of experts: which layers have it, how tokens are routed, how wide an expert is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_experts: int = Field(gt=0)
+    top_k: int = Field(default=1, gt=0)
+    """Experts a token goes to."""
+    interleave_moe_layer_step: int = Field(default=1, gt=0)
+    """Layers `step - 1`, `2 * step - 1`, … have experts; the others are dense."""
+    capacity_factor: float = Field(default=1.0, gt=0)
+    auto_scale_F: bool = True
+    """Divide the hidden width by `capacity_factor + 1`, so that a token meets as many parameters as in a dense layer."""
+    hidden_dim: int | None = Field(default=None, gt=0)
+    """Hidden width of an expert; `None` derives it as Meta does."""
+    router: Literal["sigmoid", "softmax"] = "sigmoid"
+    """"sigmoid" (Llama 4) scales an expert's input by the sigmoid of its score; "softmax" (Mixtral) weighs
+    the outputs of a token's experts by the softmax over their scores."""
+    shared_expert: bool = True
+    """Whether every token also meets one expert that all share."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "MoEArgs":
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) must not be above num_experts ({self.num_experts})")
+        return self
 
 
 class ModelArgs(BaseModel):
@@ -27,10 +57,11 @@ class ModelArgs(BaseModel):
     """Width of a head; `None` means `dim // n_heads`."""
     vocab_size: int = Field(gt=0)
     ffn_hidden_dim: int | None = Field(default=None, gt=0)
-    """Hidden width of SwiGLU; `None` derives it from the three fields below as Meta does."""
+    """Hidden width of dense SwiGLU layers; `None` derives it from the fields below as Meta does."""
     multiple_of: int = Field(default=256, gt=0)
     ffn_dim_multiplier: float | None = Field(default=None, gt=0)
     ffn_exp: float = Field(default=4.0, gt=0)
+    """Hidden width of experts over `dim`, before Meta's rule scales it."""
     norm_eps: float = Field(default=1e-5, gt=0)
     tie_word_embeddings: bool = False
 
@@ -41,6 +72,19 @@ class ModelArgs(BaseModel):
     rope_high_freq_factor: float = Field(default=1.0, gt=0)
     rope_original_max_len: int = Field(default=8192, gt=0)
 
+    attention_chunk_size: int | None = Field(default=None, gt=0)
+    """Layers with rotary embedding see only their own chunk of this many positions."""
+    nope_layer_interval: int | None = Field(default=None, gt=0)
+    """Every n-th layer has no position embedding and sees the whole context."""
+    use_qk_norm: bool = False
+    """Normalize queries and keys, without a weight, in layers with rotary embedding."""
+    attn_temperature_tuning: bool = False
+    """Scale queries of NoPE layers with the logarithm of their position (https://arxiv.org/abs/2501.19399)."""
+    floor_scale: float = Field(default=8192.0, gt=0)
+    attn_scale: float = Field(default=0.1, ge=0)
+
+    moe_args: MoEArgs | None = None
+
     max_batch_size: int = Field(default=32, gt=0)
     max_seq_len: int = Field(default=2048, gt=0)
 
@@ -49,7 +93,9 @@ class ModelArgs(BaseModel):
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.kv_heads})")
         if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads}) unless head_dim is given")
+            raise ValueError(
+                f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads}) unless head_dim is given"
+            )
         if self.width_of_head % 2:
             raise ValueError(f"head_dim ({self.width_of_head}) must be even: rotary embedding turns pairs")
         if self.use_scaled_rope and self.rope_high_freq_factor < self.rope_low_freq_factor:
@@ -70,9 +116,26 @@ class ModelArgs(BaseModel):
     @property
     def hidden_dim(self) -> int:
         """Hidden width of the dense SwiGLU layers (Meta's rule where it is not given)."""
-        if self.ffn_hidden_dim is not None:
-            return self.ffn_hidden_dim
-        hidden = int(2 * int(self.ffn_exp * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * -(-hidden // self.multiple_of)
+        return self.ffn_hidden_dim or self._rounded(int(2 * 4 * self.dim / 3))
+
+    @property
+    def expert_hidden_dim(self) -> int:
+        """Hidden width of an expert (Meta's rule where it is not given)."""
+        if self.moe_args is None:
+            raise ValueError("this model has no experts (moe_args is None)")
+        if self.moe_args.hidden_dim is not None:
+            return self.moe_args.hidden_dim
+        shrink = self.moe_args.capacity_factor + 1 if self.moe_args.auto_scale_F else 1.0
+        return self._rounded(int(2 * int(self.ffn_exp * self.dim) / 3), shrink)
+
+    def _rounded(self, hidden: int, shrink: float = 1.0) -> int:
+        hidden = int((self.ffn_dim_multiplier or 1.0) * hidden)
+        return self.multiple_of * -(-int(hidden / shrink) // self.multiple_of)
+
+    def is_nope_layer(self, layer: int) -> bool:
+        """Whether `layer` (from 0) has no position embedding."""
+        return self.nope_layer_interval is not None and (layer + 1) % self.nope_layer_interval == 0
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` (from 0) has experts."""
+        return self.moe_args is not None and (layer + 1) % self.moe_args.interleave_moe_layer_step == 0

@@ -18,27 +18,41 @@ from model.datatypes import PagedBatch
 class KeyValues(Protocol):
     """Keys and values of one forward pass."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
         """Stores k and v, returns attention of q over all that it sees.
 
         q: [..., heads, head_dim]; k, v: [..., kv_heads, head_dim] -> like q.
+        chunk: local attention, a query sees its own chunk of this many positions only; None is global.
         """
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def visible(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
+    """Which keys each query sees: those not after it, of the same chunk.
+
+    queries: positions [..., q]; keys: positions [k] -> bool [..., q, k].
+    """
+    queries = queries.unsqueeze(-1)
+    seen = keys <= queries
+    return seen if chunk is None else seen & (keys // chunk == queries // chunk)
+
+
+def create_chunked_attention_mask(seq_len: int, attention_chunk_size: int, device: torch.device) -> Tensor:
+    """bool [seq_len, seq_len], True where a query sees a key: causal, within chunks (iRoPE)."""
+    positions = torch.arange(seq_len, device=device)
+    return visible(positions, positions, attention_chunk_size)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Grouped-query attention without copying keys for the queries that share them.
 
     q: [batch, queries, heads, head_dim]; k, v: [batch, keys, kv_heads, head_dim];
-    mask: bool, True where seen, broadcastable to [batch, queries, keys]; None is causal from key 0.
+    mask: bool, True where seen, [batch or 1, queries, keys].
     Returns [batch, queries, heads, head_dim].
     """
-    if mask is None and q.shape[1] > 1:
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
     queries, group = q.shape[1], q.shape[2] // k.shape[2]
     # Heads that share a KV head become further queries of it: [batch, kv_heads, queries * group, head_dim].
     folded = q.unflatten(2, (-1, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    if mask is not None:
-        mask = mask.repeat_interleave(group, dim=1).unsqueeze(1)
+    mask = mask.repeat_interleave(group, dim=1).unsqueeze(1)
     out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.unflatten(2, (queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
@@ -46,8 +60,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class NoCache:
     """Every sequence is whole: [batch, length, ...]."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, mask=None)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
+        positions = torch.arange(q.shape[1], device=q.device)
+        return attention(q, k, v, visible(positions, positions, chunk)[None])
 
 
 class ContiguousCache(nn.Module):
@@ -78,13 +93,13 @@ class ContiguousStep:
         self._keys, self._values, self._positions = keys, values, positions
         self._rows = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
         self._end = int(positions.max()) + 1
-        self._mask = torch.arange(self._end, device=positions.device) <= positions.unsqueeze(-1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
         self._keys[layer].index_put_((self._rows, self._positions), k)
         self._values[layer].index_put_((self._rows, self._positions), v)
-        batch = q.shape[0]
-        return attention(q, self._keys[layer, :batch, : self._end], self._values[layer, :batch, : self._end], self._mask)
+        seen = (layer, slice(q.shape[0]), slice(self._end))
+        mask = visible(self._positions, torch.arange(self._end, device=q.device), chunk)
+        return attention(q, self._keys[seen], self._values[seen], mask)
 
 
 class PagedCache:
@@ -93,9 +108,7 @@ class PagedCache:
     This is the plain torch form, any dtype; `model.packed.PackedCache` is the fast one.
     """
 
-    def __init__(
-        self, args: ModelArgs, kv_heads: int, num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, args: ModelArgs, kv_heads: int, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (args.n_layers, num_blocks * block_size, kv_heads, args.width_of_head)
         self.keys = torch.zeros(shape, dtype=dtype)
@@ -106,7 +119,7 @@ class PagedCache:
         """Memory of one block over all layers, keys and values."""
         return 2 * args.n_layers * block_size * kv_heads * args.width_of_head * dtype.itemsize
 
-    def at(self, batch: PagedBatch) -> "PagedStep":
+    def at(self, batch: PagedBatch) -> KeyValues:
         """The cache as one step sees it."""
         return PagedStep(self, batch)
 
@@ -127,16 +140,14 @@ class PagedStep:
         self._written = torch.cat(
             [slots[len(slots) - (q.stop - q.start) :] for slots, q in zip(self._slots, self._queries, strict=True)]
         )
-        self._masks = [
-            torch.arange(end) <= torch.arange(end - (q.stop - q.start), end)[:, None]
-            for end, q in zip(ends, self._queries, strict=True)
-        ]
+        self._positions = batch.positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self._written] = k
         values[self._written] = v
         out = torch.empty_like(q)
-        for rows, slots, mask in zip(self._queries, self._slots, self._masks, strict=True):
+        for rows, slots in zip(self._queries, self._slots, strict=True):
+            mask = visible(self._positions[rows], torch.arange(len(slots)), chunk)
             out[rows] = attention(q[None, rows], keys[None, slots], values[None, slots], mask[None])[0]
         return out

@@ -1,10 +1,11 @@
-"""The parts of a transformer block. Each reads and writes `x` of shape [..., dim], whatever the leading shape.
+"""The parts of a dense transformer block. Each reads and writes `x` of shape [..., dim], whatever the leading shape.
 
 Attention leaves keys and values, and who sees whom, to the `KeyValues` it is given (kv_cache.py).
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,14 @@ def row_parallel(dim_in: int, dim_out: int) -> RowParallelLinear:
     return RowParallelLinear(dim_in, dim_out, bias=False, input_is_parallel=True, init_method=lambda w: w)
 
 
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square (Zhang and Sennrich, 2019) in the last dimension, computed in float32."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).type_as(x)
+
+
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang and Sennrich, 2019), computed in float32."""
+    """`normalize` and a learned scale."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -35,9 +42,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return normalize(x, self.eps) * self.weight
 
 
 def apply_scaling(freqs: Tensor, args: ModelArgs) -> Tensor:
@@ -83,20 +88,42 @@ class RotaryEmbedding(nn.Module):
         return self.cosine[positions], self.sine[positions]
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs of x [..., heads, head_dim] by the angles of their positions [..., head_dim / 2]."""
-    cosine, sine = (angle.unsqueeze(-2) for angle in rope)
+class Positional(NamedTuple):
+    """What a token's position means to attention. Leading shape [...] is the tokens'."""
+
+    cosine: Tensor  # float32 [..., head_dim / 2]
+    sine: Tensor  # float32 [..., head_dim / 2]
+    temperature: Tensor | None  # float32 [...], scale of queries in NoPE layers
+
+
+def attention_temperature(positions: Tensor, args: ModelArgs) -> Tensor | None:
+    """log(floor((position + 1) / floor_scale) + 1) * attn_scale + 1, or None where tuning is off."""
+    if not args.attn_temperature_tuning:
+        return None
+    return torch.log(torch.floor((positions + 1.0) / args.floor_scale) + 1.0) * args.attn_scale + 1.0
+
+
+def rotate(x: Tensor, where: Positional) -> Tensor:
+    """Turns the pairs of x [..., heads, head_dim] by the angles of their positions."""
+    cosine, sine = where.cosine.unsqueeze(-2), where.sine.unsqueeze(-2)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
     return turned.flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention; heads are split over tensor-parallel ranks."""
+    """Multi-head or grouped-query attention; heads are split over tensor-parallel ranks.
+
+    In an iRoPE model most layers rotate queries and keys and see their own chunk; NoPE layers
+    do neither.
+    """
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.is_nope = args.is_nope_layer(layer)
+        self.chunk = None if self.is_nope else args.attention_chunk_size
+        self.qk_norm_eps = args.norm_eps if args.use_qk_norm and not self.is_nope else None
         self.head_dim = args.width_of_head
         self.heads = split(args.n_heads, "n_heads")
         self.kv_heads = split(args.kv_heads, "n_kv_heads")
@@ -105,36 +132,26 @@ class Attention(nn.Module):
         self.wv = column_parallel(args.dim, args.kv_heads * self.head_dim)
         self.wo = row_parallel(args.n_heads * self.head_dim, args.dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KeyValues) -> Tensor:
+    def forward(self, x: Tensor, where: Positional, kv: KeyValues) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, rope), rotate(k, rope)
-        return self.wo(kv.attend(self.layer, q, k, v).flatten(-2))
+        if not self.is_nope:
+            q, k = rotate(q, where), rotate(k, where)
+        elif where.temperature is not None:
+            q = (q * where.temperature[..., None, None]).type_as(q)
+        if self.qk_norm_eps is not None:
+            q, k = normalize(q, self.qk_norm_eps), normalize(k, self.qk_norm_eps)
+        return self.wo(kv.attend(self.layer, q, k, v, self.chunk).flatten(-2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, 2020); the hidden width is split over tensor-parallel ranks."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        split(args.hidden_dim, "ffn_hidden_dim")
-        self.w1 = column_parallel(args.dim, args.hidden_dim)
-        self.w3 = column_parallel(args.dim, args.hidden_dim)
-        self.w2 = row_parallel(args.hidden_dim, args.dim)
+        split(hidden_dim, "hidden_dim")
+        self.w1 = column_parallel(dim, hidden_dim)
+        self.w3 = column_parallel(dim, hidden_dim)
+        self.w2 = row_parallel(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then the same with the feed-forward."""
-
-    def __init__(self, args: ModelArgs, layer: int) -> None:
-        super().__init__()
-        self.attention = Attention(args, layer)
-        self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KeyValues) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, kv)
-        return x + self.feed_forward(self.ffn_norm(x))

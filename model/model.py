@@ -13,8 +13,32 @@ from torch import Tensor, nn
 from model.args import ModelArgs
 from model.datatypes import PagedBatch, TransformerInput, TransformerOutput
 from model.kv_cache import ContiguousCache, KeyValues, NoCache, PagedCache
-from model.layers import RMSNorm, RotaryEmbedding, TransformerBlock, column_parallel
+from model.layers import (
+    Attention,
+    FeedForward,
+    Positional,
+    RMSNorm,
+    RotaryEmbedding,
+    attention_temperature,
+    column_parallel,
+)
+from model.moe import MoE
 from model.parallel import ensure_model_parallel, split
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then the same with the feed-forward, dense or of experts."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = MoE(args) if args.is_moe_layer(layer) else FeedForward(args.dim, args.hidden_dim)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, where: Positional, kv: KeyValues) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), where, kv)
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class LLM(nn.Module):
@@ -43,7 +67,7 @@ class LLM(nn.Module):
         """Normal with deviation 0.02, and smaller where a block adds to the residual stream (GPT-2)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                into_residual = name.endswith(("wo.weight", "w2.weight"))
+                into_residual = name.endswith(("wo.weight", "w2.weight", "w2"))
                 parameter.normal_(std=0.02 / (2 * self.args.n_layers) ** 0.5 if into_residual else 0.02)
 
     def forward(self, inputs: TransformerInput, inference: bool = False) -> TransformerOutput:
@@ -69,9 +93,9 @@ class LLM(nn.Module):
 
     def _hidden(self, tokens: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
         x = self.tok_embeddings(tokens)
-        rope = self.rope(positions)
+        where = Positional(*self.rope(positions), attention_temperature(positions, self.args))
         for layer in self.layers:
-            x = layer(x, rope, kv)
+            x = layer(x, where, kv)
         return self.norm(x)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -6,21 +6,22 @@ definition and the oracle; a packed model serves `LLM.step` and nothing else.
 """
 
 import torch
-from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 from torch import Tensor, nn
 
 from model.args import ModelArgs
 from model.datatypes import PagedBatch
 from model.kernels import cpu
 from model.kv_cache import PagedCache
-from model.layers import Attention, FeedForward, RMSNorm
+from model.layers import Attention, FeedForward, Positional, RMSNorm
 from model.model import LLM
-from model.parallel import model_parallel_size
+from model.moe import Experts, LocalExperts, MoE, Ready, compute_by_expert, dispatch, route
+from model.parallel import model_parallel_size, reduce
 
 
 def can_pack(args: ModelArgs, dtype: torch.dtype, block_size: int) -> bool:
     """Whether the kernels are there and take this model's shapes."""
-    widths = (args.width_of_head, args.dim, args.hidden_dim // model_parallel_size())
+    hidden = [args.hidden_dim] if args.moe_args is None else [args.hidden_dim, args.expert_hidden_dim]
+    widths = (args.width_of_head, args.dim, *(width // model_parallel_size() for width in hidden))
     fits = all(width % cpu.LANES == 0 for width in widths) and args.width_of_head <= cpu.MAX_HEAD_DIM
     return dtype is torch.bfloat16 and block_size % cpu.LANES == 0 and fits and cpu.available()
 
@@ -32,7 +33,8 @@ def pack(model: LLM) -> LLM:
     model.output = PackedOutput(output.weight)
     for block in model.layers:
         block.attention = PackedAttention(block.attention)
-        block.feed_forward = PackedFeedForward(block.feed_forward)
+        kind = PackedMoE if isinstance(block.feed_forward, MoE) else PackedFeedForward
+        block.feed_forward = kind(block.feed_forward)
         block.attention_norm = PackedRMSNorm(block.attention_norm)
         block.ffn_norm = PackedRMSNorm(block.ffn_norm)
     model.norm = PackedRMSNorm(model.norm)
@@ -53,7 +55,7 @@ class PackedStep:
         self.keys, self.values = cache.keys.unbind(0), cache.values.unbind(0)
         self.batch, self.block_size = batch, cache.block_size
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
         raise TypeError("a PackedCache serves packed models only: call model.packed.pack(model)")
 
 
@@ -63,27 +65,72 @@ class PackedAttention(nn.Module):
     def __init__(self, plain: Attention) -> None:
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_dim = plain.layer, plain.heads, plain.kv_heads, plain.head_dim
+        self.is_nope, self.chunk, self.qk_norm_eps = plain.is_nope, plain.chunk or 0, plain.qk_norm_eps or 0.0
         self.wqkv = cpu.PackedLinear(torch.cat([plain.wq.weight, plain.wk.weight, plain.wv.weight]))
         self.wo = cpu.PackedLinear(plain.wo.weight)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: PackedStep) -> Tensor:
+    def forward(self, x: Tensor, where: Positional, kv: PackedStep) -> Tensor:
+        cosine, sine, temperature = (
+            (None, None, where.temperature) if self.is_nope else (where.cosine, where.sine, None)
+        )
         out = cpu.paged_attention(
-            self.wqkv(x), rope, kv.keys[self.layer], kv.values[self.layer], kv.batch,
-            self.heads, self.kv_heads, self.head_dim, kv.block_size,
+            self.wqkv(x), cosine, sine, temperature, kv.keys[self.layer], kv.values[self.layer], kv.batch,
+            self.heads, self.kv_heads, self.head_dim, kv.block_size, self.chunk, self.qk_norm_eps,
         )  # fmt: skip
-        return reduce_from_model_parallel_region(self.wo(out))
+        return reduce(self.wo(out))
+
+
+class PackedSwiGLU:
+    """One feed-forward or expert: gate and up in a product that ends in SwiGLU, then down. Not summed over ranks."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
+        """w1, w3: [hidden, dim]; w2: [dim, hidden]."""
+        self.w13 = cpu.PackedSwiGLU(w1, w3)
+        self.w2 = cpu.PackedLinear(w2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: bfloat16 [rows, dim] -> like x."""
+        return self.w2(self.w13(x))
 
 
 class PackedFeedForward(nn.Module):
-    """`FeedForward` with gate and up in one product that ends in SwiGLU."""
+    """`FeedForward` over packed weights."""
 
     def __init__(self, plain: FeedForward) -> None:
         super().__init__()
-        self.w13 = cpu.PackedSwiGLU(plain.w1.weight, plain.w3.weight)
-        self.w2 = cpu.PackedLinear(plain.w2.weight)
+        self.swiglu = PackedSwiGLU(plain.w1.weight, plain.w2.weight, plain.w3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from_model_parallel_region(self.w2(self.w13(x)))
+        return reduce(self.swiglu(x))
+
+
+class PackedExperts:
+    """`LocalExperts` over packed weights."""
+
+    def __init__(self, plain: LocalExperts) -> None:
+        weights = zip(plain.w1, plain.w2, plain.w3, strict=True)
+        self.swiglus = [PackedSwiGLU(w1.T, w2.T, w3.T) for w1, w2, w3 in weights]
+
+    def submit(self, x_kD: Tensor, experts_k: Tensor) -> Ready:
+        return Ready(compute_by_expert(x_kD, experts_k, len(self.swiglus), lambda e, x: self.swiglus[e](x)))
+
+
+class PackedMoE(nn.Module):
+    """`MoE` over packed weights; the shared expert and the routed ones are summed over ranks together."""
+
+    def __init__(self, plain: MoE) -> None:
+        super().__init__()
+        self.args = plain.args
+        self.router = cpu.PackedLinear(plain.router_DE.T)
+        self.experts: Experts = PackedExperts(plain.experts)
+        shared = plain.shared_expert
+        self.shared_expert = (
+            None if shared is None else PackedSwiGLU(shared.w1.weight, shared.w2.weight, shared.w3.weight)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts, weights = route(self.router(x, torch.float32), self.args)
+        return reduce(dispatch(x, experts, weights.to(x.dtype), self.experts, self.shared_expert, self.args))
 
 
 class PackedRMSNorm(nn.Module):

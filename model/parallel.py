@@ -4,7 +4,8 @@ import contextlib
 import io
 
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize
+from fairscale.nn.model_parallel import initialize, mappings
+from torch import Tensor
 
 
 def ensure_model_parallel() -> None:
@@ -28,3 +29,8 @@ def split(count: int, what: str) -> int:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ValueError(f"{what} ({count}) does not divide over {size} tensor-parallel ranks; these do: {divisors}")
     return count // size
+
+
+def reduce(x: Tensor) -> Tensor:
+    """Sum of x over the tensor-parallel ranks; x itself where there is one, without fairscale's dispatch."""
+    return x if model_parallel_size() == 1 else mappings.reduce_from_model_parallel_region(x)

@@ -183,6 +183,14 @@ void rotate(bf16* x, const float* cosine, const float* sine, int64_t head_dim) {
   }
 }
 
+// Divides by the root mean square, in place.
+void normalize(bf16* x, float eps, int64_t head_dim) {
+  float squares = 0.f;
+  for (int64_t i = 0; i < head_dim; ++i) squares += to_float(x[i]) * to_float(x[i]);
+  const float inverse = 1.f / std::sqrt(squares / float(head_dim) + eps);
+  for (int64_t i = 0; i < head_dim; ++i) x[i] = to_bf16(to_float(x[i]) * inverse);
+}
+
 // scores[r][0..15] = query r . 16 keys
 template <int ROWS>
 void score(const bf16* const* query, const bf16* keys, int64_t head_dim, float (*scores)[kKeys]) {
@@ -336,11 +344,13 @@ void moray_rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t m, int64
 //   qkv [tokens, (heads + 2 * kv_heads) * head_dim], q and k are turned in place
 //   cosine, sine [tokens, head_dim / 2], or null for a layer without positions
 //   out [tokens, heads * head_dim]
+//   temperature [tokens], factors of the queries, or null
+//   qk_norm_eps: 0, or queries and keys are normalized after rotation with this epsilon
 //   chunk: a query sees keys of its own chunk of positions only; 0 is no limit
-void moray_attention(bf16* qkv, const float* cosine, const float* sine, bf16* keys, bf16* values,
+void moray_attention(bf16* qkv, const float* cosine, const float* sine, const float* temperature, bf16* keys, bf16* values,
                      const int32_t* block_tables, int64_t max_blocks, const int32_t* query_starts,
                      const int32_t* context_lens, int64_t sequences, bf16* out, int64_t heads, int64_t kv_heads,
-                     int64_t head_dim, int64_t block_size, int64_t chunk, float scale) {
+                     int64_t head_dim, int64_t block_size, int64_t chunk, float qk_norm_eps, float scale) {
   const int64_t width = (heads + 2 * kv_heads) * head_dim;
   const int64_t group = heads / kv_heads;
   const int64_t tile = std::max<int64_t>(1, kMaxRows / group);  // queries whose heads of one group fill the rows
@@ -358,6 +368,10 @@ void moray_attention(bf16* qkv, const float* cosine, const float* sine, bf16* ke
       if (cosine)
         for (int64_t h = 0; h < heads + kv_heads; ++h)
           rotate(row + h * head_dim, cosine + token * head_dim / 2, sine + token * head_dim / 2, head_dim);
+      if (temperature)
+        for (int64_t i = 0; i < heads * head_dim; ++i) row[i] = to_bf16(to_float(row[i]) * temperature[token]);
+      if (qk_norm_eps > 0.f)
+        for (int64_t h = 0; h < heads + kv_heads; ++h) normalize(row + h * head_dim, qk_norm_eps, head_dim);
       for (int64_t h = 0; h < kv_heads; ++h) {
         cache.write_key(position, h, row + (heads + h) * head_dim);
         cache.write_value(position, h, row + (heads + kv_heads + h) * head_dim);

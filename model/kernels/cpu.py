@@ -28,9 +28,7 @@ LANES = 16
 MAX_HEAD_DIM = 256
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = (
-    "-O3 -std=c++17 -shared -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16".split()
-)
+_FLAGS = "-O3 -std=c++17 -shared -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16".split()
 _BF16, _FLOAT, _SWIGLU = 0, 1, 2
 
 
@@ -56,7 +54,7 @@ def _library() -> ctypes.CDLL:
     library.moray_matmul.argtypes = [pointer, size, pointer, pointer, size, size, size, size, ctypes.c_int]
     library.moray_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
     library.moray_attention.argtypes = (
-        [pointer] * 6 + [size] + [pointer] * 2 + [size, pointer] + [size] * 5 + [ctypes.c_float]
+        [pointer] * 7 + [size] + [pointer] * 2 + [size, pointer] + [size] * 5 + [ctypes.c_float] * 2
     )
     return library
 
@@ -139,21 +137,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def paged_attention(
-    qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, batch: PagedBatch,
-    heads: int, kv_heads: int, head_dim: int, block_size: int, chunk: int = 0,
+    qkv: Tensor, cosine: Tensor | None, sine: Tensor | None, temperature: Tensor | None, keys: Tensor, values: Tensor,
+    batch: PagedBatch, heads: int, kv_heads: int, head_dim: int, block_size: int, chunk: int, qk_norm_eps: float,
 ) -> Tensor:  # fmt: skip
     """Rotates q and k, writes k and v into the cache, attends.
 
     qkv: bfloat16 [tokens, (heads + 2 * kv_heads) * head_dim] contiguous, changed in place.
-    rope: cosines and sines, float32 [tokens, head_dim / 2], or None for a layer without positions.
+    cosine, sine: float32 [tokens, head_dim / 2], or None for a layer without rotary embedding.
+    temperature: float32 [tokens], factors of the queries, or None.
     keys, values: one layer of a `PackedCache`. chunk: 0, or the length of local attention chunks.
+    qk_norm_eps: 0, or the epsilon of the norm of queries and keys.
     Returns bfloat16 [tokens, heads * head_dim].
     """
     out = torch.empty(qkv.shape[0], heads * head_dim, dtype=torch.bfloat16)
-    cosine, sine = (None, None) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
+    optional = [None if x is None else x.data_ptr() for x in (cosine, sine, temperature)]
     _library().moray_attention(
-        qkv.data_ptr(), cosine, sine, keys.data_ptr(), values.data_ptr(), batch.block_tables.data_ptr(),
+        qkv.data_ptr(), *optional, keys.data_ptr(), values.data_ptr(), batch.block_tables.data_ptr(),
         batch.block_tables.stride(0), batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
-        batch.context_lens.shape[0], out.data_ptr(), heads, kv_heads, head_dim, block_size, chunk, head_dim**-0.5,
+        batch.context_lens.shape[0], out.data_ptr(), heads, kv_heads, head_dim, block_size, chunk, qk_norm_eps,
+        head_dim**-0.5,
     )  # fmt: skip
     return out

@@ -46,10 +46,17 @@ def transformers_twin(model: LLM) -> LlamaForCausalLM:
         }
     twin = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=args.dim, num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
-            num_key_value_heads=args.kv_heads, head_dim=args.width_of_head, vocab_size=args.vocab_size,
-            intermediate_size=args.hidden_dim, rms_norm_eps=args.norm_eps, rope_parameters=rope,
-            tie_word_embeddings=args.tie_word_embeddings, max_position_embeddings=args.max_seq_len,
+            hidden_size=args.dim,
+            num_hidden_layers=args.n_layers,
+            num_attention_heads=args.n_heads,
+            num_key_value_heads=args.kv_heads,
+            head_dim=args.width_of_head,
+            vocab_size=args.vocab_size,
+            intermediate_size=args.hidden_dim,
+            rms_norm_eps=args.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=args.tie_word_embeddings,
+            max_position_embeddings=args.max_seq_len,
         )  # fmt: skip
     )
     names = {

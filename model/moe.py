@@ -1,0 +1,128 @@
+"""Mixture of experts: a router, the experts it chooses from, and the seam between the two.
+
+`MoE` decides which tokens go to which experts and adds up what comes back; an `Experts` does
+the work, in this process (`LocalExperts`) or elsewhere. Shapes are in the names, after Meta:
+a tokens, k routed (token, expert) pairs, E experts, D model width, F hidden width.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
+from torch import Tensor, nn
+
+from model.args import ModelArgs, MoEArgs
+from model.layers import FeedForward
+from model.parallel import split
+
+
+class PendingExperts(Protocol):
+    """Expert outputs under way."""
+
+    def wait(self) -> Tensor:
+        """[k, D], the rows in the order they were submitted."""
+
+
+class Experts(Protocol):
+    """Whoever computes routed tokens of one layer."""
+
+    def submit(self, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
+        """Starts expert `experts_k[i]` on row i. x_kD: [k, D]; experts_k: int64 [k]."""
+
+
+class Ready:
+    """Outputs that are there already."""
+
+    def __init__(self, out_kD: Tensor) -> None:
+        self._out_kD = out_kD
+
+    def wait(self) -> Tensor:
+        return self._out_kD
+
+
+class LocalExperts(nn.Module):
+    """Every expert's SwiGLU in this process; the hidden width is split over tensor-parallel ranks.
+
+    Each expert computes its own tokens only: rows are sorted by expert and cut where it changes.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        hidden = split(hidden_dim, "expert hidden_dim")
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+
+    def submit(self, x_kD: Tensor, experts_k: Tensor) -> Ready:
+        return Ready(compute_by_expert(x_kD, experts_k, self.w1.shape[0], self.compute))
+
+    def compute(self, expert: int, x: Tensor) -> Tensor:
+        """x: [rows, D] -> this rank's part of the expert's output, [rows, D]."""
+        return (F.silu(x @ self.w1[expert]) * (x @ self.w3[expert])) @ self.w2[expert]
+
+
+class MoE(nn.Module):
+    """The routed feed-forward of a block.
+
+    Llama 4 ("sigmoid"): an expert's input is scaled by the sigmoid of its score, outputs are
+    added to the shared expert's. Mixtral ("softmax"): a token's outputs are averaged with the
+    softmax over the scores of its experts.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        if args.moe_args is None:
+            raise ValueError("moe_args is needed for a layer with experts")
+        self.args = args.moe_args
+        hidden = args.expert_hidden_dim
+        self.router_DE = nn.Parameter(torch.empty(args.dim, self.args.num_experts))
+        self.experts = LocalExperts(self.args.num_experts, args.dim, hidden)
+        self.shared_expert = FeedForward(args.dim, hidden) if self.args.shared_expert else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_aD = copy_to_model_parallel_region(x.flatten(0, -2))
+        experts, weights = route(x_aD @ self.router_DE, self.args)
+        routed = dispatch(x_aD, experts, weights, self.experts, None, self.args)
+        routed = reduce_from_model_parallel_region(routed).view_as(x)
+        return routed if self.shared_expert is None else routed + self.shared_expert(x)
+
+
+def route(scores_aE: Tensor, args: MoEArgs) -> tuple[Tensor, Tensor]:
+    """The experts of every token and their weights: int64 [a, top_k], scores' dtype [a, top_k]."""
+    scores, experts = scores_aE.topk(args.top_k, dim=-1)
+    if args.router == "sigmoid":
+        return experts, scores.sigmoid()
+    return experts, scores.softmax(-1, dtype=torch.float32).type_as(scores)
+
+
+def dispatch(
+    x_aD: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    computed_by: Experts,
+    shared_expert: Callable[[Tensor], Tensor] | None,
+    args: MoEArgs,
+) -> Tensor:
+    """Sends every token to its experts, and to the shared one while those are away; adds up what returns: [a, D]."""
+    tokens_k = torch.arange(x_aD.shape[0], device=x_aD.device).repeat_interleave(args.top_k)
+    in_kD, weights_k1 = x_aD[tokens_k], weights.reshape(-1, 1)
+    scale_input = args.router == "sigmoid"
+    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts.flatten())
+    out_aD = torch.zeros_like(x_aD) if shared_expert is None else shared_expert(x_aD)
+    out_kD = pending.wait()
+    return out_aD.index_add(0, tokens_k, out_kD if scale_input else out_kD * weights_k1)
+
+
+def compute_by_expert(
+    x_kD: Tensor,
+    experts_k: Tensor,
+    num_experts: int,
+    compute: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """`compute(expert, its rows)` for every expert that has any; rows return in the order they came: [k, D]."""
+    order = experts_k.argsort(stable=True)
+    counts = torch.bincount(experts_k, minlength=num_experts).tolist()
+    outputs = [compute(e, rows) for e, rows in enumerate(x_kD[order].split(counts)) if len(rows)]
+    return torch.empty_like(x_kD).index_copy(0, order, torch.cat(outputs)) if outputs else x_kD
