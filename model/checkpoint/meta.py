@@ -21,6 +21,17 @@ from model.checkpoint.source import Joined, Mapped, TensorSource
 _DERIVED = "rope.freqs"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 _EMBEDDING = "tok_embeddings.weight"
+_SHAPE = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "tie_word_embeddings", "norm_eps"}
+_HIDDEN_WIDTH = {"ffn_hidden_dim", "multiple_of", "ffn_dim_multiplier", "ffn_exp"}
+_ROPE = {
+    "rope_theta",
+    "use_scaled_rope",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_len",
+}
+_KEYS = _SHAPE | _HIDDEN_WIDTH | _ROPE | {"max_seq_len"}
 _NOT_OF_THE_MODEL = ("max_batch_size",)
 _LLAMA_3_2 = ((2048, 16), (3072, 28))
 """dim and n_layers of 1B and 3B, which stretch their rotations by 32; params.json does not tell."""
@@ -87,7 +98,7 @@ def _args(params: dict[str, Any], origin: Path, sources: dict[str, TensorSource]
     for key in ("dim", "n_layers", "n_heads"):
         required(params, key, origin)
     fields = {key: value for key, value in params.items() if key not in _NOT_OF_THE_MODEL}
-    unknown = sorted(set(fields) - set(ModelArgs.model_fields))
+    unknown = sorted(set(fields) - _KEYS)
     if unknown:
         raise CheckpointError(f"{origin}: not supported: {', '.join(unknown)}")
     if fields.get("vocab_size", -1) < 0:
