@@ -6,6 +6,7 @@ import time
 
 import psutil
 import torch
+from model.sampling import SampledTokens, SamplingBatch, sample
 from torch import Tensor
 
 from model import LLM, ModelArgs
@@ -13,7 +14,6 @@ from model.checkpoint import open_checkpoint
 from model.datatypes import PagedBatch
 from model.kv_cache import PagedCache
 from model.packed import PackedCache, can_pack, pack
-from model.sampling import SampledTokens, SamplingBatch, sample
 
 logger = logging.getLogger(__name__)
 

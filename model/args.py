@@ -23,7 +23,7 @@ class MoEArgs(BaseModel):
     """Layers `step - 1`, `2 * step - 1`, … have experts; the others are dense."""
     capacity_factor: float = Field(default=1.0, gt=0)
     auto_scale_F: bool = True
-    """Divide the hidden width by `capacity_factor + 1`, so that a token meets as many parameters as in a dense layer."""
+    """Divide the hidden width by `capacity_factor + 1`: a token meets as many parameters as in a dense layer."""
     hidden_dim: int | None = Field(default=None, gt=0)
     """Hidden width of an expert; `None` derives it as Meta does."""
     router: Literal["sigmoid", "softmax"] = "sigmoid"

@@ -5,6 +5,7 @@ attend to. Three kinds: `NoCache` (training, causal over what was given), `Conti
 (one row of memory a sequence, in buffers), `PagedCache` (blocks, for serving).
 """
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -67,6 +68,9 @@ class NoCache:
 
 class ContiguousCache(nn.Module):
     """Buffers [max_batch_size, max_seq_len, kv_heads, head_dim] for each layer, outside the state dict."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, args: ModelArgs, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -136,7 +140,7 @@ class PagedStep:
             (tables[s, : -(-end // size), None] * size + torch.arange(size)).flatten()[:end]
             for s, end in enumerate(ends)
         ]
-        self._queries = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        self._queries = [slice(a, b) for a, b in pairwise(starts)]
         self._written = torch.cat(
             [slots[len(slots) - (q.stop - q.start) :] for slots, q in zip(self._slots, self._queries, strict=True)]
         )

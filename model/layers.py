@@ -62,6 +62,9 @@ def apply_scaling(freqs: Tensor, args: ModelArgs) -> Tensor:
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al., 2021) over interleaved pairs: cosines and sines by position."""
 
+    cosine: Tensor
+    sine: Tensor
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
@@ -80,7 +83,7 @@ class RotaryEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         """Follows the model to a device, but stays float32 when it is cast: bfloat16 cannot tell positions apart."""
         super()._apply(fn, recurse)
-        self._fill_tables(self.cosine.device)
+        self._fill_tables(self.get_buffer("cosine").device)
         return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:

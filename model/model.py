@@ -4,6 +4,8 @@ Two ways in, one set of layers. `forward` takes a rectangular batch: for trainin
 use. `step` takes a `PagedBatch` of many sequences at different places: for serving.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
@@ -31,10 +33,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(args, layer)
-        self.feed_forward = MoE(args) if args.is_moe_layer(layer) else FeedForward(args.dim, args.hidden_dim)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        is_moe = args.is_moe_layer(layer)
+        self.attention: nn.Module = Attention(args, layer)
+        self.feed_forward: nn.Module = MoE(args) if is_moe else FeedForward(args.dim, args.hidden_dim)
+        self.attention_norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, where: Positional, kv: KeyValues) -> Tensor:
         x = x + self.attention(self.attention_norm(x), where, kv)
@@ -55,8 +58,8 @@ class LLM(nn.Module):
         self.args = args
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
+        self.norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
+        self.output: nn.Module | None = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
         self.rope = RotaryEmbedding(args)
         self.cache: ContiguousCache | None = None
         if initialize:
@@ -91,9 +94,16 @@ class LLM(nn.Module):
         hidden = self._hidden(batch.tokens, batch.positions, cache.at(batch))
         return self._logits(hidden[batch.logit_rows])
 
+    def blocks(self) -> Iterator[TransformerBlock]:
+        """The layers, first to last."""
+        for block in self.layers:
+            assert isinstance(block, TransformerBlock)
+            yield block
+
     def _hidden(self, tokens: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
         x = self.tok_embeddings(tokens)
-        where = Positional(*self.rope(positions), attention_temperature(positions, self.args))
+        cosine, sine = self.rope(positions)
+        where = Positional(cosine, sine, attention_temperature(positions, self.args))
         for layer in self.layers:
             x = layer(x, where, kv)
         return self.norm(x)
@@ -106,7 +116,7 @@ class LLM(nn.Module):
     def _contiguous_cache(self) -> ContiguousCache:
         weight = self.tok_embeddings.weight
         if self.cache is None or self.cache.keys.dtype != weight.dtype or self.cache.keys.device != weight.device:
-            kv_heads = self.layers[0].attention.kv_heads
+            kv_heads = split(self.args.kv_heads, "n_kv_heads")
             self.cache = ContiguousCache(self.args, kv_heads, weight.dtype, weight.device)
         return self.cache
 

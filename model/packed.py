@@ -29,16 +29,26 @@ def can_pack(args: ModelArgs, dtype: torch.dtype, block_size: int) -> bool:
 @torch.no_grad()
 def pack(model: LLM) -> LLM:
     """Swaps the modules of `model` for packed ones and frees the weights they came from."""
-    output = model.tok_embeddings if model.output is None else model.output
-    model.output = PackedOutput(output.weight)
-    for block in model.layers:
-        block.attention = PackedAttention(block.attention)
-        kind = PackedMoE if isinstance(block.feed_forward, MoE) else PackedFeedForward
-        block.feed_forward = kind(block.feed_forward)
-        block.attention_norm = PackedRMSNorm(block.attention_norm)
-        block.ffn_norm = PackedRMSNorm(block.ffn_norm)
-    model.norm = PackedRMSNorm(model.norm)
+    output = model.output or model.tok_embeddings
+    model.output = PackedOutput(output.get_parameter("weight"))
+    model.norm = _packed(model.norm)
+    for block in model.blocks():
+        for name, part in block.named_children():
+            setattr(block, name, _packed(part))
     return model
+
+
+def _packed(plain: nn.Module) -> nn.Module:
+    match plain:
+        case Attention():
+            return PackedAttention(plain)
+        case MoE():
+            return PackedMoE(plain)
+        case FeedForward():
+            return PackedFeedForward(plain)
+        case RMSNorm():
+            return PackedRMSNorm(plain)
+    raise TypeError(f"no packed form of {type(plain).__name__}")
 
 
 class PackedCache(PagedCache):

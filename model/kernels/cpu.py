@@ -28,7 +28,8 @@ LANES = 16
 MAX_HEAD_DIM = 256
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = "-O3 -std=c++17 -shared -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16".split()
+_ISA = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *_ISA]
 _BF16, _FLOAT, _SWIGLU = 0, 1, 2
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.model.paging import Pages
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import LLM, ModelArgs, TransformerInput
 from model.kv_cache import PagedCache
+from tests.model.paging import Pages
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -57,7 +57,7 @@ def transformers_twin(model: LLM) -> LlamaForCausalLM:
             rope_parameters=rope,
             tie_word_embeddings=args.tie_word_embeddings,
             max_position_embeddings=args.max_seq_len,
-        )  # fmt: skip
+        )
     )
     names = {
         "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj",
@@ -69,9 +69,8 @@ def transformers_twin(model: LLM) -> LlamaForCausalLM:
         state["lm_head.weight"] = model.output.weight
     for name, weight in model.layers.named_parameters():
         layer, *_, part, _ = name.split(".")
-        if part in ("wq", "wk"):
-            weight = half_split_rows(weight, args.width_of_head)
-        state[f"model.layers.{layer}.{names[part]}.weight"] = weight
+        rows = half_split_rows(weight, args.width_of_head) if part in ("wq", "wk") else weight
+        state[f"model.layers.{layer}.{names[part]}.weight"] = rows
     missing, unexpected = twin.load_state_dict(state, strict=False)
     assert not unexpected
     assert missing in ([], ["lm_head.weight"])
