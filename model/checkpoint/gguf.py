@@ -90,6 +90,8 @@ def _args(file: GGUFFile, path: Path) -> ModelArgs:
     refuse(settings, _NEUTRAL, path)
     embedding = _tensor(file, "token_embd.weight", path)
     n_heads = required(settings, "llama.attention.head_count", path)
+    if not isinstance(n_heads, int) or n_heads < 1:
+        raise CheckpointError(f"{path}: llama.attention.head_count = {n_heads!r} is not one number for all layers")
     head_dim = _head_dim(settings, path, n_heads)
     return model_args(
         path,

@@ -36,17 +36,18 @@ def _gguf_name(name: str) -> str:
 
 def _write(path: Path, weights, kind=gguf.GGMLQuantizationType.F32, architecture="llama", extra=None, **settings):
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_uint32("llama.block_count", ARGS.n_layers)
-    writer.add_uint32("llama.context_length", ARGS.max_seq_len)
-    writer.add_uint32("llama.embedding_length", ARGS.dim)
-    writer.add_uint32("llama.feed_forward_length", ARGS.hidden_dim)
-    writer.add_uint32("llama.attention.head_count", ARGS.n_heads)
-    writer.add_uint32("llama.attention.head_count_kv", ARGS.kv_heads)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", ARGS.norm_eps)
-    for key, value in settings.items():
-        name = "llama." + key.replace("__", ".")
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(name, value)
+    defaults = {
+        "block_count": ARGS.n_layers,
+        "context_length": ARGS.max_seq_len,
+        "embedding_length": ARGS.dim,
+        "feed_forward_length": ARGS.hidden_dim,
+        "attention__head_count": ARGS.n_heads,
+        "attention__head_count_kv": ARGS.kv_heads,
+        "attention__layer_norm_rms_epsilon": ARGS.norm_eps,
+    }
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in (defaults | settings).items():
+        adders[type(value)]("llama." + key.replace("__", "."), value)
     for name, tensor in (weights | (extra or {})).items():
         values = tensor.numpy()
         use = kind if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
@@ -100,6 +101,9 @@ def test_extra_tensors_are_reported_by_the_name_in_the_file(tmp_path, meta_weigh
     ("settings", "culprit"),
     [
         ({"expert_count": 8}, "llama.expert_count = 8"),
+        ({"attention__head_count": 0}, "llama.attention.head_count = 0"),
+        ({"attention__head_count": [8, 4]}, "llama.attention.head_count = [8, 4]"),
+        ({"feed_forward_length": [192, 96]}, "ffn_hidden_dim"),
         ({"rope__dimension_count": 8}, "llama.rope.dimension_count = 8"),
         ({"attention__value_length": 32}, "llama.attention.value_length = 32"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "llama.rope.scaling.type = 'yarn'"),

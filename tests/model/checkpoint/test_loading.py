@@ -76,3 +76,19 @@ def test_torch_keeps_its_number_of_threads_even_when_a_read_fails():
     with pytest.raises(OSError, match="disk gone"):
         load_parameters({"norm.weight": torch.zeros(8)}, {"norm.weight": Broken()}, "here")
     assert torch.get_num_threads() == 2
+
+
+def test_a_rank_reads_its_slice_and_no_more(monkeypatch):
+    monkeypatch.setattr(loading, "PIECE_ELEMENTS", 10)
+    whole, read = torch.randn(6, 8), []
+
+    class Recorded(Mapped):
+        def read(self, region):
+            read.append(region)
+            return super().read(region)
+
+    name = "layers.0.feed_forward.w2.weight"
+    parameter = torch.zeros(6, 4)
+    load_parameters({name: parameter}, {name: Recorded(whole)}, "here", rank=1, world_size=2)
+    assert read == [(slice(start, start + 2), slice(4, 8)) for start in (0, 2, 4)]
+    assert torch.equal(parameter, whole[:, 4:])

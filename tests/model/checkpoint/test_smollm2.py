@@ -1,10 +1,11 @@
 """A real quantized model, every tensor of it, beside what `transformers` makes of the same file."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from model import LLM
-from model.checkpoint import open_checkpoint
+from model.checkpoint import CheckpointError, open_checkpoint
 from model.checkpoint.huggingface import _canonical
 from model.checkpoint.source import Interleaved, Mapped
 
@@ -41,3 +42,9 @@ def test_the_model_is_filled_in_its_own_dtype(smollm2, load):
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, expected[name].bfloat16()), name
+
+
+def test_three_key_value_heads_are_not_for_two_ranks(smollm2):
+    checkpoint = open_checkpoint(smollm2)
+    with pytest.raises(CheckpointError, match=r"size of 2 does not divide .*n_kv_heads \(3\); these sizes do: 1, 3"):
+        checkpoint.load_into(LLM(checkpoint.args, initialize=False), rank=0, world_size=2)
