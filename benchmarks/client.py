@@ -125,9 +125,10 @@ async def run_load(base_url: str, payloads: list[dict[str, object]], concurrency
     Raises `BadResponse` when any answer is not a complete stream of the asked number of tokens.
     """
     url = urlsplit(base_url)
+    host, port = url.hostname or "127.0.0.1", url.port or 80
     waiting = deque((payload, request_bytes(base_url, payload)) for payload in payloads)
     connections = [
-        (await asyncio.get_running_loop().create_connection(_Connection, url.hostname, url.port))[1]
+        (await asyncio.get_running_loop().create_connection(_Connection, host, port))[1]
         for _ in range(min(concurrency, len(payloads)))
     ]
     answered: list[tuple[dict[str, object], _Exchange]] = []

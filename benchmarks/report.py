@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -87,7 +86,7 @@ def _footprint_table(results: Results) -> Table:
     for heading in ("server", "first answer after s", "RSS MB", "PSS MB", "processes", "CPUs while idle"):
         table.add_column(heading, justify="left" if heading == "server" else "right")
     for server, memory in results.memory.items():
-        idle = _over_cells(results, "idle_peer_cpu", lambda name, server=server: name != server)
+        idle = _over_cells(results, "idle_peer_cpu", set(results.rounds) - {server})
         table.add_row(
             server,
             f"{results.startup[server]:.1f}",
@@ -99,12 +98,12 @@ def _footprint_table(results: Results) -> Table:
     return table
 
 
-def _over_cells(results: Results, name: str, includes: Callable[[str], bool]) -> float | None:
-    """Median of a figure over all cells and rounds of the servers that `includes` names."""
+def _over_cells(results: Results, name: str, servers: set[str]) -> float | None:
+    """Median of a figure over all cells and rounds in which one of `servers` was under load."""
     values = [
         getattr(figures, name)
         for server, cells in results.rounds.items()
-        if includes(server)
+        if server in servers
         for rounds in cells.values()
         for figures in rounds
     ]
@@ -112,7 +111,7 @@ def _over_cells(results: Results, name: str, includes: Callable[[str], bool]) ->
 
 
 def _note(results: Results) -> str:
-    client = _over_cells(results, "client_cpu", lambda _: True)
+    client = _over_cells(results, "client_cpu", set(results.rounds))
     others = [figures.other_cpu for cells in results.rounds.values() for rounds in cells.values() for figures in rounds]
     return (
         f"The client used {client:.3f} CPUs; everything else on the machine {median(others):.2f} "
