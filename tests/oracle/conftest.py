@@ -1,7 +1,7 @@
 """Hugging Face transformers on the weights we serve, read from the same GGUF by transformers' own loader."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -93,3 +93,10 @@ def _generate(reference: Any, tokens: torch.Tensor) -> list[list[int]]:
         pad_token_id=0,
     )
     return output[:, tokens.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="session")
+def fp32_stack(start_stack: Callable[[dict[str, Any]], str]) -> str:
+    """Base URL of a stack that serves the same file in fp32."""
+    engine = {"dtype": "float32", "max_model_len": 2048, "kv_cache_memory": "512MiB"}
+    return start_stack({"models": [{"id": "smollm2", "path": str(GGUF), "engine": engine}]})

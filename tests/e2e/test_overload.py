@@ -1,0 +1,52 @@
+"""More streams than the KV cache can hold: everything slows, nothing fails."""
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import metric, model_id
+
+STREAMS, OUTPUT_TOKENS, KV_TOKENS = 64, 256, 4000
+
+
+async def _stream(client: httpx.AsyncClient, model: str, number: int) -> tuple[int, int, str]:
+    """Tokens counted one by one, tokens by the server's own count, and why it ended."""
+    request = {
+        "model": model,
+        "prompt": f"Story number {number}. Once upon a time",
+        "max_tokens": OUTPUT_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+        "seed": number,
+    }
+    counted, usage, reason, ended = 0, 0, "", False
+    async with client.stream("POST", "/v1/completions", json=request) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                ended = True
+            elif line.startswith("data: "):
+                event = json.loads(line[6:])
+                for choice in event["choices"]:
+                    counted += len(choice.get("token_ids") or [])
+                    reason = choice["finish_reason"] or reason
+                usage = (event.get("usage") or {}).get("completion_tokens", usage)
+    assert ended
+    return counted, usage, reason
+
+
+@pytest.mark.timeout(600)
+async def test_every_stream_finishes_with_all_its_tokens(start_engine: Callable[..., str]) -> None:
+    base_url = start_engine(dtype="bfloat16", max_model_len=1024, num_kv_tokens=KV_TOKENS)
+    limits = httpx.Limits(max_connections=STREAMS)
+    async with httpx.AsyncClient(base_url=base_url, timeout=500, limits=limits) as client:
+        model = await model_id(client)
+        results = await asyncio.gather(*(_stream(client, model, number) for number in range(STREAMS)))
+    assert results == [(OUTPUT_TOKENS, OUTPUT_TOKENS, "length")] * STREAMS
+    assert metric(base_url, "vllm:num_preemptions_total") > 0
+    assert metric(base_url, "vllm:num_requests_running") == 0
