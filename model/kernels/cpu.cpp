@@ -21,6 +21,7 @@ namespace {
 using bf16 = uint16_t;
 
 constexpr int kLanes = 16;      // float32 in a vector; also columns in a panel, keys in a tile
+constexpr int kLine = 64;       // bytes in a cache line
 constexpr int kMaxRows = 8;     // rows of x whose sums are in registers at once
 constexpr int kKeyTiles = 4;    // key tiles between two rescalings of the running softmax
 constexpr int kKeys = kKeyTiles * kLanes;
@@ -79,10 +80,17 @@ inline __m512 silu(__m512 x) {
 // Matrix product. Weights [n, k] are packed into panels of 16 columns, [n / 16][k / 2][16][2]:
 // one vector load brings a pair of k for 16 columns, which vdpbf16ps multiplies by one pair of x.
 
+// Memory to bring near meanwhile: so many cache lines for each pair of k.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+};
+
 enum class Epilogue : int { kBf16 = 0, kFloat = 1, kSwiGLU = 2 };
 
 template <int ROWS, int PANELS, Epilogue EPILOGUE>
-void multiply(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y, int64_t ldy, int64_t row, int64_t panel) {
+void multiply(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y, int64_t ldy, int64_t row, int64_t panel,
+              Ahead ahead) {
   __m512 sum[ROWS][PANELS];
   for (int r = 0; r < ROWS; ++r)
     for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_setzero_ps();
@@ -94,6 +102,7 @@ void multiply(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y, int
       column[p] = load_pairs(weights + p * panel_size + i * kLanes);
       if (ROWS < 4) _mm_prefetch((const char*)(weights + p * panel_size + i * kLanes) + 1024, _MM_HINT_T0);
     }
+    for (int64_t line = 0; line < ahead.lines; ++line, ahead.at += kLine) _mm_prefetch(ahead.at, _MM_HINT_T1);
     for (int r = 0; r < ROWS; ++r) {
       const __m512bh value = broadcast_pair(x + (row + r) * ldx + i);
       for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], column[p], value);
@@ -115,19 +124,19 @@ void multiply(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y, int
 
 template <int ROWS, Epilogue EPILOGUE>
 void multiply_panels(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y, int64_t ldy, int64_t row,
-                     int64_t panel, int64_t panels) {
+                     int64_t panel, int64_t panels, Ahead ahead) {
   switch (panels) {
-    case 4: if constexpr (ROWS <= 4) multiply<ROWS, 4, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel); break;
-    case 3: if constexpr (EPILOGUE != Epilogue::kSwiGLU) multiply<ROWS, 3, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel); break;
-    case 2: multiply<ROWS, 2, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel); break;
-    case 1: if constexpr (EPILOGUE != Epilogue::kSwiGLU) multiply<ROWS, 1, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel); break;
+    case 4: if constexpr (ROWS <= 4) multiply<ROWS, 4, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel, ahead); break;
+    case 3: if constexpr (EPILOGUE != Epilogue::kSwiGLU) multiply<ROWS, 3, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel, ahead); break;
+    case 2: multiply<ROWS, 2, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel, ahead); break;
+    case 1: if constexpr (EPILOGUE != Epilogue::kSwiGLU) multiply<ROWS, 1, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel, ahead); break;
   }
 }
 
 template <Epilogue EPILOGUE>
 void multiply_rows(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y, int64_t ldy, int64_t row,
-                   int64_t rows, int64_t panel, int64_t panels) {
-#define ROWS_CASE(R) case R: multiply_panels<R, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel, panels); break;
+                   int64_t rows, int64_t panel, int64_t panels, Ahead ahead) {
+#define ROWS_CASE(R) case R: multiply_panels<R, EPILOGUE>(x, ldx, w, k, y, ldy, row, panel, panels, ahead); break;
   switch (rows) {
     ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7) ROWS_CASE(8)
   }
@@ -143,8 +152,15 @@ void matmul(const bf16* x, int64_t ldx, const bf16* w, void* y, int64_t ldy, int
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t panel = g * wide;
     const int64_t width = std::min(wide, panels - panel);
-    for (int64_t row = 0; row < m; row += kMaxRows)
-      multiply_rows<EPILOGUE>(x, ldx, w, k, y, ldy, row, std::min<int64_t>(kMaxRows, m - row), panel, width);
+    // The first rows wait for memory; the later ones fetch the next group while they compute.
+    const int64_t later = (m - 1) / kMaxRows;
+    const int64_t lines = later ? (width + later - 1) / later : 0;
+    for (int64_t row = 0; row < m; row += kMaxRows) {
+      const int64_t fetched = (row / kMaxRows - 1) * lines;
+      const Ahead ahead{(const char*)(w + (panel + width) * k * kLanes) + fetched * kLine * k / 2,
+                        row && fetched < width ? lines : 0};
+      multiply_rows<EPILOGUE>(x, ldx, w, k, y, ldy, row, std::min<int64_t>(kMaxRows, m - row), panel, width, ahead);
+    }
   }
 }
 
@@ -174,12 +190,20 @@ struct Cache {
   }
 };
 
-// Turns interleaved pairs in place by the angles of one token.
+// Turns interleaved pairs in place by the angles of one token. A vector holds 16 pairs, one in each lane.
 void rotate(bf16* x, const float* cosine, const float* sine, int64_t head_dim) {
-  for (int64_t i = 0; i < head_dim / 2; ++i) {
-    const float a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]);
-    x[2 * i] = to_bf16(a * cosine[i] - b * sine[i]);
-    x[2 * i + 1] = to_bf16(a * sine[i] + b * cosine[i]);
+  const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+  for (int64_t i = 0; i < head_dim / 2; i += kLanes) {
+    const __mmask16 some = __mmask16((1u << std::min<int64_t>(kLanes, head_dim / 2 - i)) - 1);
+    const __m512i pairs = _mm512_maskz_loadu_epi32(some, x + 2 * i);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
+    const __m512 c = _mm512_maskz_loadu_ps(some, cosine + i), s = _mm512_maskz_loadu_ps(some, sine + i);
+    const __m512 turned_even = _mm512_sub_ps(_mm512_mul_ps(even, c), _mm512_mul_ps(odd, s));
+    const __m512 turned_odd = _mm512_add_ps(_mm512_mul_ps(even, s), _mm512_mul_ps(odd, c));
+    const __m512i low16 = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(turned_even));
+    const __m512i high16 = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(turned_odd)), 16);
+    _mm512_mask_storeu_epi32(x + 2 * i, some, _mm512_or_si512(low16, high16));
   }
 }
 
@@ -191,30 +215,47 @@ void normalize(bf16* x, float eps, int64_t head_dim) {
   for (int64_t i = 0; i < head_dim; ++i) x[i] = to_bf16(to_float(x[i]) * inverse);
 }
 
-// scores[r][0..15] = query r . 16 keys
-template <int ROWS>
-void score(const bf16* const* query, const bf16* keys, int64_t head_dim, float (*scores)[kKeys]) {
-  __m512 sum[ROWS];
-  for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_setzero_ps();
-  for (int64_t d = 0; d < head_dim; d += 2) {
-    const __m512bh pair = load_pairs(keys + d * kLanes);
-    for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], pair, broadcast_pair(query[r] + d));
-  }
-  for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(scores[r], sum[r]);
+// Asks for `size` numbers; tiles lie apart, so the processor does not foresee them.
+inline void fetch(const bf16* p, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLine / int64_t(sizeof(bf16))) _mm_prefetch((const char*)(p + i), _MM_HINT_T0);
 }
 
-// out[r][0..head_dim) += weights[r] . values, over one tile of 16 keys
-template <int ROWS>
-void accumulate(const bf16 (*weights)[kKeys], const bf16* values, int64_t head_dim, float (*out)[kMaxHeadDim]) {
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
-    __m512 sum[ROWS];
-    for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_loadu_ps(out[r] + d);
-    for (int64_t key = 0; key < kLanes; key += 2) {
-      const __m512bh pair = load_pairs(values + key * head_dim + 2 * d);
-      for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], pair, broadcast_pair(weights[r] + key));
+// scores[t][r][0..15] = query r . the 16 keys of tile t. Enough sums at once to hide the latency of each.
+template <int ROWS, int TILES>
+void score(const bf16* const* query, const bf16* const* keys, int64_t head_dim, float (*scores)[ROWS][kLanes]) {
+  __m512 sum[TILES][ROWS];
+  for (int t = 0; t < TILES; ++t)
+    for (int r = 0; r < ROWS; ++r) sum[t][r] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < head_dim; d += 2) {
+    __m512bh pair[TILES];
+    for (int t = 0; t < TILES; ++t) pair[t] = load_pairs(keys[t] + d * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512bh q = broadcast_pair(query[r] + d);
+      for (int t = 0; t < TILES; ++t) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], pair[t], q);
     }
-    for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(out[r] + d, sum[r]);
   }
+  for (int t = 0; t < TILES; ++t)
+    for (int r = 0; r < ROWS; ++r) _mm512_storeu_ps(scores[t][r], sum[t][r]);
+}
+
+// out[r][d..d + 16 * PANELS) += weights[t][r] . values of tile t, over all tiles in order
+template <int ROWS, int PANELS>
+void accumulate(const bf16 (*weights)[ROWS][kLanes], const bf16* const* values, int tiles, int64_t head_dim, int64_t d,
+                float (*out)[kMaxHeadDim]) {
+  __m512 sum[ROWS][PANELS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_loadu_ps(out[r] + d + p * kLanes);
+  for (int t = 0; t < tiles; ++t)
+    for (int64_t key = 0; key < kLanes; key += 2) {
+      __m512bh pair[PANELS];
+      for (int p = 0; p < PANELS; ++p) pair[p] = load_pairs(values[t] + key * head_dim + 2 * (d + p * kLanes));
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512bh weight = broadcast_pair(weights[t][r] + key);
+        for (int p = 0; p < PANELS; ++p) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], pair[p], weight);
+      }
+    }
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) _mm512_storeu_ps(out[r] + d + p * kLanes, sum[r][p]);
 }
 
 struct Row {
@@ -226,48 +267,59 @@ struct Row {
 // Flash attention (Dao et al., 2022) of up to 8 query rows that share a KV head.
 template <int ROWS>
 void attend_rows(const Row* rows, const Cache& cache, int64_t head, float scale) {
-  alignas(64) float scores[kKeyTiles][ROWS][kKeys];
-  alignas(64) bf16 weights[kKeyTiles][ROWS][kKeys];
+  constexpr int kPanels = ROWS <= 5 ? 4 : 2;  // what fits the registers
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  alignas(64) float scores[kKeyTiles][ROWS][kLanes];
+  alignas(64) bf16 weights[kKeyTiles][ROWS][kLanes];
   alignas(64) float out[ROWS][kMaxHeadDim];
   float highest[ROWS], total[ROWS];
   const bf16* query[ROWS];
   int64_t first = rows[0].first, last = rows[0].last;
   for (int r = 0; r < ROWS; ++r) {
     query[r] = rows[r].query;
-    highest[r] = -std::numeric_limits<float>::infinity();
+    highest[r] = kHidden;
     total[r] = 0.f;
     std::fill(out[r], out[r] + cache.head_dim, 0.f);
     first = std::min(first, rows[r].first);
     last = std::max(last, rows[r].last);
   }
-  for (int64_t start = first / kKeys * kKeys; start <= last; start += kKeys) {
-    const int tiles = int(std::min<int64_t>(kKeyTiles, (last - start) / kLanes + 1));
-    // Blocks wholly before `first` may be freed already: their table entries must not be followed.
-    const int tile0 = int(std::max<int64_t>(0, (first - start) / kLanes));
-    for (int t = tile0; t < tiles; ++t)
-      score<ROWS>(query, cache.keys + cache.tile(start + t * kLanes, head), cache.head_dim, scores[t]);
+  for (int64_t group = first / kKeys * kKeys; group <= last; group += kKeys) {
+    // Blocks wholly before `first` may be freed already: their table entries are not followed.
+    const int64_t start = std::max(group, first / kLanes * kLanes);
+    const int tiles = int(std::min(group + kKeys, last / kLanes * kLanes + kLanes) - start) / kLanes;
+    const bf16 *keys[kKeyTiles], *values[kKeyTiles];
+    for (int t = 0; t < tiles; ++t) {
+      const int64_t tile = cache.tile(start + t * kLanes, head);
+      keys[t] = cache.keys + tile;
+      values[t] = cache.values + tile;
+      fetch(values[t], kLanes * cache.head_dim);
+    }
+    int t = 0;
+    if constexpr (ROWS <= 5)
+      for (; t + 4 <= tiles; t += 4) score<ROWS, 4>(query, keys + t, cache.head_dim, scores + t);
+    for (; t + 2 <= tiles; t += 2) score<ROWS, 2>(query, keys + t, cache.head_dim, scores + t);
+    for (; t < tiles; ++t) score<ROWS, 1>(query, keys + t, cache.head_dim, scores + t);
+    for (int64_t next = group + kKeys; next <= std::min(last, group + 2 * kKeys - 1); next += kLanes)
+      fetch(cache.keys + cache.tile(next, head), kLanes * cache.head_dim);
     for (int r = 0; r < ROWS; ++r) {
-      __m512 top = _mm512_set1_ps(highest[r]);
       __m512 value[kKeyTiles];
-      for (int t = tile0; t < tiles; ++t) {
-        const __m512i key = _mm512_add_epi32(_mm512_set1_epi32(int(start + t * kLanes)),
-                                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        const __mmask16 seen = _mm512_cmple_epi32_mask(key, _mm512_set1_epi32(int(rows[r].last))) &
-                               _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(int(rows[r].first)));
-        value[t] = _mm512_mask_mul_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seen,
-                                      _mm512_loadu_ps(scores[t][r]), _mm512_set1_ps(scale));
+      __mmask16 seen[kKeyTiles];
+      __m512 top = _mm512_set1_ps(highest[r]);
+      for (t = 0; t < tiles; ++t) {
+        const __m512i key = _mm512_add_epi32(_mm512_set1_epi32(int(start) + t * kLanes), lanes);
+        seen[t] = _mm512_cmple_epi32_mask(key, _mm512_set1_epi32(int(rows[r].last))) &
+                  _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(int(rows[r].first)));
+        value[t] = _mm512_mask_mul_ps(_mm512_set1_ps(kHidden), seen[t], _mm512_loadu_ps(scores[t][r]),
+                                      _mm512_set1_ps(scale));
         top = _mm512_max_ps(top, value[t]);
       }
       const float peak = _mm512_reduce_max_ps(top);
-      if (peak == -std::numeric_limits<float>::infinity()) {  // this row sees none of these keys
-        for (int t = tile0; t < tiles; ++t) std::memset(weights[t][r], 0, kLanes * sizeof(bf16));
-        continue;
-      }
+      const float reference = peak == kHidden ? 0.f : peak;  // a row that sees none of these keys
       __m512 sum = _mm512_setzero_ps();
-      for (int t = tile0; t < tiles; ++t) {
-        const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        const __mmask16 seen = _mm512_cmp_ps_mask(value[t], hidden, _CMP_NEQ_OQ);
-        const __m512 weight = _mm512_maskz_mov_ps(seen, exp512(_mm512_sub_ps(value[t], _mm512_set1_ps(peak))));
+      for (t = 0; t < tiles; ++t) {
+        const __m512 weight =
+            _mm512_maskz_mov_ps(seen[t], exp512(_mm512_sub_ps(value[t], _mm512_set1_ps(reference))));
         sum = _mm512_add_ps(sum, weight);
         store_bf16(weights[t][r], weight);
       }
@@ -278,8 +330,10 @@ void attend_rows(const Row* rows, const Cache& cache, int64_t head, float scale)
         for (int64_t d = 0; d < cache.head_dim; d += kLanes)
           _mm512_storeu_ps(out[r] + d, _mm512_mul_ps(_mm512_loadu_ps(out[r] + d), _mm512_set1_ps(rescale)));
     }
-    for (int t = tile0; t < tiles; ++t)
-      accumulate<ROWS>(weights[t], cache.values + cache.tile(start + t * kLanes, head), cache.head_dim, out);
+    int64_t d = 0;
+    for (; d + kPanels * kLanes <= cache.head_dim; d += kPanels * kLanes)
+      accumulate<ROWS, kPanels>(weights, values, tiles, cache.head_dim, d, out);
+    for (; d < cache.head_dim; d += kLanes) accumulate<ROWS, 1>(weights, values, tiles, cache.head_dim, d, out);
   }
   for (int r = 0; r < ROWS; ++r)
     for (int64_t d = 0; d < cache.head_dim; d += kLanes)
