@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from deployments.engine.request import QueueFull, RequestTooLong
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
 
-UNION_BRANCHES = ("text", "parts")
-"""Tags of unions in the protocol, which pydantic puts into an error's location."""
+NOT_IN_PATHS = ("text", "parts", "[key]")
+"""What pydantic puts into an error's location beside names: tags of unions, and that it is about a key."""
 
 SHOWN_CHARACTERS = 100
 """Of a wrong value, in an error message."""
@@ -107,7 +107,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for step in location:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step not in UNION_BRANCHES:
+        elif step not in NOT_IN_PATHS:
             path += f".{step}" if path else step
     return path
 

@@ -17,7 +17,10 @@ from deployments.front.tokenizer import Tokenizer, Vocabulary
 from deployments.metrics import render, snapshot
 
 EOS = 256
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 class ByteTokenizer(Tokenizer):
@@ -39,7 +42,7 @@ class FakeEngine:
     hangs_after: so many tokens come, then nothing.
     """
 
-    answers: Sequence[Sequence[int]] = (tuple(b"Hello, world!") + (EOS,),)
+    answers: Sequence[Sequence[int]] = ((*b"Hello, world!", EOS),)
     refusal: Exception | None = None
     failure: Exception | None = None
     fails_after: int = 0
