@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from model import load_hooks
 from model.args import ModelArgs
 from model.kv_cache import KeyValues
 from model.parallel import split
@@ -134,6 +135,8 @@ class Attention(nn.Module):
         self.wk = column_parallel(args.dim, args.kv_heads * self.head_dim)
         self.wv = column_parallel(args.dim, args.kv_heads * self.head_dim)
         self.wo = row_parallel(args.n_heads * self.head_dim, args.dim)
+        rows = {"wq.weight": self.heads, "wk.weight": self.kv_heads, "wv.weight": self.kv_heads}
+        self.register_load_state_dict_pre_hook(load_hooks.SplitRows(load_hooks.FUSED_QKV, rows))
 
     def forward(self, x: Tensor, where: Positional, kv: KeyValues) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -155,6 +158,9 @@ class FeedForward(nn.Module):
         self.w1 = column_parallel(dim, hidden_dim)
         self.w3 = column_parallel(dim, hidden_dim)
         self.w2 = row_parallel(hidden_dim, dim)
+        rows = {"w1.weight": 1, "w3.weight": 1}
+        self.register_load_state_dict_pre_hook(load_hooks.SplitRows(load_hooks.FUSED_W1_W3, rows))
+        self.register_load_state_dict_pre_hook(load_hooks.Rename(load_hooks.FEED_FORWARD_NAMES))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

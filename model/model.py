@@ -12,6 +12,7 @@ from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 
+from model import load_hooks
 from model.args import ModelArgs
 from model.datatypes import PagedBatch, TransformerInput, TransformerOutput
 from model.kv_cache import ContiguousCache, KeyValues, NoCache, PagedCache
@@ -38,6 +39,8 @@ class TransformerBlock(nn.Module):
         self.feed_forward: nn.Module = MoE(args) if is_moe else FeedForward(args.dim, args.hidden_dim)
         self.attention_norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
+        self.register_load_state_dict_pre_hook(load_hooks.drop_leftovers)
+        self.register_load_state_dict_pre_hook(load_hooks.Rename(load_hooks.BLOCK_NAMES))
 
     def forward(self, x: Tensor, where: Positional, kv: KeyValues) -> Tensor:
         x = x + self.attention(self.attention_norm(x), where, kv)
@@ -62,6 +65,7 @@ class LLM(nn.Module):
         self.output: nn.Module | None = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
         self.rope = RotaryEmbedding(args)
         self.cache: ContiguousCache | None = None
+        self.register_load_state_dict_pre_hook(load_hooks.drop_leftovers)
         if initialize:
             self.initialize_parameters()
 

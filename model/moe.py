@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor, nn
 
+from model import load_hooks
 from model.args import ModelArgs, MoEArgs
 from model.layers import FeedForward
 from model.parallel import split
@@ -54,6 +55,7 @@ class LocalExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.register_load_state_dict_pre_hook(load_hooks.StackExperts(num_experts))
 
     def submit(self, x_kD: Tensor, experts_k: Tensor) -> Ready:
         return Ready(compute_by_expert(x_kD, experts_k, self.w1.shape[0], self.compute))
@@ -80,6 +82,7 @@ class MoE(nn.Module):
         self.router_DE = nn.Parameter(torch.empty(args.dim, self.args.num_experts))
         self.experts = LocalExperts(self.args.num_experts, args.dim, hidden)
         self.shared_expert = FeedForward(args.dim, hidden) if self.args.shared_expert else None
+        self.register_load_state_dict_pre_hook(load_hooks.Rename(load_hooks.MOE_NAMES))
 
     def forward(self, x: Tensor) -> Tensor:
         x_aD = copy_to_model_parallel_region(x.flatten(0, -2))
