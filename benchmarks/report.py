@@ -49,7 +49,8 @@ def print_report(results: Results) -> None:
 
 
 def _load_table(results: Results) -> Table:
-    table = Table(title="Median of rounds [least - most]; ratio is the median of paired rounds", title_justify="left")
+    title = "Median of rounds, least - most in brackets; ratio is the median of paired rounds"
+    table = Table(title=title, title_justify="left")
     for heading in ("load", "server", "tok/s", "ratio", "TTFT p50 ms", "p99", "ratio p50", "ITL p50 ms", "p99"):
         table.add_column(heading, justify="left" if heading in ("load", "server") else "right")
     for cell in CELLS:
