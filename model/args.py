@@ -39,6 +39,77 @@ class MoEArgs(BaseModel):
         return self
 
 
+class Size(BaseModel):
+    """Of an image or a patch, in pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+
+
+class VisionArgs(BaseModel):
+    """The image encoder, and how its output becomes embeddings of image tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: Size
+    """Of a tile, which is what the encoder sees at once."""
+    patch_size: Size
+    dim: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    n_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(gt=0)
+    """Hidden width of the encoder's feed-forward over `dim`."""
+    output_dim: int = Field(gt=0)
+    """Width of an image token's embedding, before `vision_projection` makes it the text model's."""
+    pixel_shuffle_ratio: float = Field(gt=0, le=1)
+    """1/n: squares of n by n patches become one image token."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "VisionArgs":
+        for side, size, patch in (
+            ("height", self.image_size.height, self.patch_size.height),
+            ("width", self.image_size.width, self.patch_size.width),
+        ):
+            if size % patch:
+                raise ValueError(f"image_size.{side} ({size}) must be a multiple of patch_size.{side} ({patch})")
+            if size // patch % self.shuffle:
+                raise ValueError(
+                    f"the {side} of {size // patch} patches must be a multiple of "
+                    f"1 / pixel_shuffle_ratio ({self.shuffle})"
+                )
+        if abs(self.pixel_shuffle_ratio * self.shuffle - 1) > 1e-6:
+            raise ValueError(f"pixel_shuffle_ratio ({self.pixel_shuffle_ratio}) must be 1 over a whole number")
+        if self.dim % (4 * self.n_heads):
+            raise ValueError(
+                f"dim ({self.dim}) must be a multiple of 4 * n_heads ({4 * self.n_heads}): "
+                "rotary embedding turns as many pairs by the row as by the column"
+            )
+        return self
+
+    @property
+    def shuffle(self) -> int:
+        """Patches along each side of the square that becomes one image token."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in a tile."""
+        return self.image_size.height // self.patch_size.height, self.image_size.width // self.patch_size.width
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens that a tile becomes."""
+        rows, columns = self.grid
+        return rows * columns // self.shuffle**2
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of the encoder's feed-forward."""
+        return int(self.mlp_ratio * self.dim)
+
+
 class ModelArgs(BaseModel):
     """Shape and constants of a decoder-only transformer.
 
@@ -84,6 +155,7 @@ class ModelArgs(BaseModel):
     attn_scale: float = Field(default=0.1, ge=0)
 
     moe_args: MoEArgs | None = None
+    vision_args: VisionArgs | None = None
 
     max_batch_size: int = Field(default=32, gt=0)
     max_seq_len: int = Field(default=2048, gt=0)

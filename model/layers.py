@@ -18,14 +18,17 @@ from model.kv_cache import KeyValues
 from model.parallel import split
 
 
-def column_parallel(dim_in: int, dim_out: int) -> ColumnParallelLinear:
-    """Each rank computes its own columns of the output. Weights start uninitialized: `LLM` fills them."""
-    return ColumnParallelLinear(dim_in, dim_out, bias=False, gather_output=False, init_method=lambda w: w)
+def column_parallel(dim_in: int, dim_out: int, *, bias: bool = False, gather: bool = False) -> ColumnParallelLinear:
+    """Each rank computes its own columns of the output. Weights start uninitialized: `LLM` fills them.
+
+    gather: every rank gets the columns of all.
+    """
+    return ColumnParallelLinear(dim_in, dim_out, bias=bias, gather_output=gather, init_method=lambda w: w)
 
 
-def row_parallel(dim_in: int, dim_out: int) -> RowParallelLinear:
+def row_parallel(dim_in: int, dim_out: int, *, bias: bool = False) -> RowParallelLinear:
     """Each rank reads its own columns of the input; outputs are summed over ranks."""
-    return RowParallelLinear(dim_in, dim_out, bias=False, input_is_parallel=True, init_method=lambda w: w)
+    return RowParallelLinear(dim_in, dim_out, bias=bias, input_is_parallel=True, init_method=lambda w: w)
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:

@@ -27,6 +27,8 @@ from model.layers import (
 )
 from model.moe import MoE
 from model.parallel import ensure_model_parallel, split
+from model.vision.embedding import VisionEmbeddings
+from model.vision.pixels import normalize_pixels
 
 
 class TransformerBlock(nn.Module):
@@ -65,6 +67,9 @@ class LLM(nn.Module):
         self.output: nn.Module | None = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
         self.rope = RotaryEmbedding(args)
         self.cache: ContiguousCache | None = None
+        if args.vision_args is not None:
+            self.vision_embeddings = VisionEmbeddings(args.vision_args)
+            self.vision_projection = column_parallel(args.vision_args.output_dim, args.dim, gather=True)
         self.register_load_state_dict_pre_hook(load_hooks.drop_leftovers)
         if initialize:
             self.initialize_parameters()
@@ -76,6 +81,8 @@ class LLM(nn.Module):
             if parameter.dim() > 1:
                 into_residual = name.endswith(("wo.weight", "w2.weight", "w2"))
                 parameter.normal_(std=0.02 / (2 * self.args.n_layers) ** 0.5 if into_residual else 0.02)
+        if self.args.vision_args is not None:
+            self.vision_embeddings.initialize_parameters()
 
     def forward(self, inputs: TransformerInput, inference: bool = False) -> TransformerOutput:
         """Logits [batch, length, vocab_size] of a rectangular batch.
@@ -87,16 +94,29 @@ class LLM(nn.Module):
         if int(positions.max()) >= self.args.max_seq_len:
             raise ValueError(f"position {int(positions.max())} is beyond max_seq_len ({self.args.max_seq_len})")
         if not inference:
-            return TransformerOutput(self._logits(self._hidden(inputs.tokens, positions, NoCache())))
+            return TransformerOutput(self._logits(self._hidden(self._embedded(inputs), positions, NoCache())))
         with torch.no_grad():
             kv = self._contiguous_cache().at(positions)
-            return TransformerOutput(self._logits(self._hidden(inputs.tokens, positions, kv)))
+            return TransformerOutput(self._logits(self._hidden(self._embedded(inputs), positions, kv)))
 
     @torch.inference_mode()
     def step(self, batch: PagedBatch, cache: PagedCache) -> Tensor:
         """Logits [num_rows, vocab_size] of the tokens that `batch.logit_rows` names."""
-        hidden = self._hidden(batch.tokens, batch.positions, cache.at(batch))
+        x = self.tok_embeddings(batch.tokens)
+        if batch.image_rows is not None and batch.image_embeddings is not None:
+            x = x.index_copy(0, batch.image_rows, batch.image_embeddings.to(x.dtype))
+        hidden = self._hidden(x, batch.positions, cache.at(batch))
         return self._logits(hidden[batch.logit_rows])
+
+    @torch.inference_mode()
+    def embed_tiles(self, tiles: Tensor) -> Tensor:
+        """Tiles as the front cuts them, to `PagedBatch.image_embeddings`.
+
+        tiles: uint8 [num_tiles, 3, height, width] -> [num_tiles, tokens_per_tile, dim].
+        """
+        self._check_vision()
+        pixels = normalize_pixels(tiles).to(self.tok_embeddings.weight.dtype)
+        return self.vision_projection(self.vision_embeddings.embed(pixels))
 
     def blocks(self) -> Iterator[TransformerBlock]:
         """The layers, first to last."""
@@ -104,8 +124,20 @@ class LLM(nn.Module):
             assert isinstance(block, TransformerBlock)
             yield block
 
-    def _hidden(self, tokens: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
-        x = self.tok_embeddings(tokens)
+    def _embedded(self, inputs: TransformerInput) -> Tensor:
+        """[batch, length, dim]: what the first layer sees of tokens and images."""
+        x = self.tok_embeddings(inputs.tokens)
+        if inputs.image_embedding is None:
+            return x
+        self._check_vision()
+        image = self.vision_projection(inputs.image_embedding.embedding)
+        return torch.where(inputs.image_embedding.mask, image, x)
+
+    def _check_vision(self) -> None:
+        if self.args.vision_args is None:
+            raise ValueError("this model sees no images (vision_args is None)")
+
+    def _hidden(self, x: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
         cosine, sine = self.rope(positions)
         where = Positional(cosine, sine, attention_temperature(positions, self.args))
         for layer in self.layers:
