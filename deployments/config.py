@@ -1,12 +1,30 @@
 """What a Serve YAML's `args` may say. Unknown keys, wrong types and values out of range raise at deploy time."""
 
-from typing import Literal
+import difflib
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).parents[1]
+"""The repository, when the package is installed from one in editable form."""
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one fault a line, each with the key it is about."""
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return values
 
 
 class EngineConfig(_Config):
@@ -62,3 +80,43 @@ class AppConfig(_Config):
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     front: FrontConfig = FrontConfig()
+
+    @model_validator(mode="after")
+    def _ids_differ(self) -> "AppConfig":
+        ids = [model.id for model in self.models]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"two models have the same id: {', '.join(ids)}")
+        return self
+
+
+def read(args: dict[str, Any]) -> AppConfig:
+    """`args` checked, its paths absolute. Raises ConfigError."""
+    try:
+        config = AppConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_fault(fault) for fault in error.errors())) from None
+    return config.model_copy(update={"models": tuple(_with_absolute_paths(model) for model in config.models)})
+
+
+def _fault(fault: Any) -> str:
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in ("args", *fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(fault["input"], dict | list | tuple) else f" (is {fault['input']!r})"
+    return f"{place[1:]}: {message}{value}"
+
+
+def _with_absolute_paths(model: ModelConfig) -> ModelConfig:
+    named = {key: getattr(model, key) for key in ("path", "tokenizer", "chat_template")}
+    found = {key: _absolute(f"{key} of model {model.id!r}", value) for key, value in named.items() if value}
+    return model.model_copy(update=found)
+
+
+def _absolute(what: str, location: str) -> str:
+    """A relative path may start at the working directory or at the repository."""
+    if "://" in location:
+        return location
+    candidates = [(start / Path(location).expanduser()).resolve() for start in (Path.cwd(), ROOT)]
+    for candidate in candidates:
+        if candidate.exists():
+            return str(candidate)
+    raise ConfigError(f"{what}: there is no {' or '.join(dict.fromkeys(map(str, candidates)))}")

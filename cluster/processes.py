@@ -1,0 +1,50 @@
+"""Which processes belong to a run, and ending exactly those.
+
+A run is its directory. Its processes inherit an environment variable that names it, and
+those that overwrite their environment to show a title (Ray's workers do) have log files
+in it open for writing. So they are found even when their parents are gone, and no other
+process is ever touched.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+VARIABLE = "MORAY_RUN"
+"""The environment variable; its value is the run's directory."""
+
+
+def of_run(directory: Path) -> list[psutil.Process]:
+    """Living processes of the run."""
+    return [process for process in psutil.process_iter() if _is_of_run(process, directory)]
+
+
+def end(directory: Path, grace_s: float = 1.0) -> None:
+    """Ends every process of the run: SIGTERM, after `grace_s` seconds SIGKILL."""
+    processes = of_run(directory)
+    for process in _each_alive(processes):
+        process.terminate()
+    psutil.wait_procs(processes, timeout=grace_s)
+    stubborn = of_run(directory)
+    for process in _each_alive(stubborn):
+        process.kill()
+    psutil.wait_procs(stubborn, timeout=grace_s)
+
+
+def _is_of_run(process: psutil.Process, directory: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if process.environ().get(VARIABLE) == str(directory):
+            return True
+        return any(file.path.startswith(f"{directory}/") and file.mode != "r" for file in process.open_files())
+    return False
+
+
+def _each_alive(processes: list[psutil.Process]) -> Iterator[psutil.Process]:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield process

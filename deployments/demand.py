@@ -1,0 +1,60 @@
+"""Whether a Serve YAML fits the machine, told before anything starts: Ray itself would wait for ever."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+
+OURS = "deployments.app:build"
+DEFAULT_CPUS = {"front": 0.5}
+"""What deployments.app gives a deployment that the YAML does not mention; any other gets 1."""
+
+
+class DoesNotFit(Exception):
+    """The message says who asks for what, and what there is."""
+
+
+def check(config: ServeDeploySchema, available: Mapping[str, float]) -> None:
+    """Raises DoesNotFit if the deployments ask for more than `available` (Ray resource names)."""
+    asked = {name: demand for name, demand in demands(config).items() if demand}
+    for resource in sorted({resource for demand in asked.values() for resource in demand}):
+        total, there = sum(demand[resource] for demand in asked.values()), available.get(resource, 0)
+        if total > there:
+            shares = ", ".join(f"{name} {demand[resource]:g}" for name, demand in asked.items() if demand[resource])
+            raise DoesNotFit(
+                f"the deployments need {total:g} {resource} ({shares}); this machine has {there:g}. "
+                "Lower num_replicas or ray_actor_options in the YAML"
+            )
+
+
+def demands(config: ServeDeploySchema) -> dict[str, Counter[str]]:
+    """What all replicas of each deployment ask for together, by deployment name."""
+    return {
+        deployment.name: _demand(deployment)
+        for application in config.applications
+        for deployment in [*application.deployments, *_unmentioned(application)]
+    }
+
+
+def _unmentioned(application: Any) -> list[DeploymentSchema]:
+    if application.import_path != OURS:
+        return []
+    names = ["front", *(f"engine-{model.get('id')}" for model in application.args.get("models", ()))]
+    mentioned = {deployment.name for deployment in application.deployments}
+    return [DeploymentSchema(name=name) for name in names if name not in mentioned]
+
+
+def _demand(deployment: DeploymentSchema) -> Counter[str]:
+    said = deployment.model_dump(exclude_unset=True)
+    options = said.get("ray_actor_options") or {}
+    replicas = said.get("num_replicas")
+    if not isinstance(replicas, int):
+        replicas = (said.get("autoscaling_config") or {}).get("min_replicas", 1)
+    one = {
+        "CPU": options.get("num_cpus", DEFAULT_CPUS.get(deployment.name, 1)),
+        "GPU": options.get("num_gpus", 0),
+        "memory": options.get("memory", 0),
+        **options.get("resources", {}),
+    }
+    return Counter({resource: amount * replicas for resource, amount in one.items() if amount})
