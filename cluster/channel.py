@@ -51,7 +51,7 @@ class Outbox:
 
     def __init__(self, address: Address) -> None:
         public_key, secret_key = zmq.curve_keypair()
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(UNLIMITED)
         self._socket.linger = 1000
         self._socket.curve_serverkey = address.public_key

@@ -1,0 +1,170 @@
+"""Scheduled sequences as the arrays that a shard takes.
+
+Block tables live in one array from step to step, a row for each running sequence's slot, and
+only new blocks are written; a decode step is built with a fixed number of array operations.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deployments.engine.scheduler import Limits, Plan
+from deployments.engine.sequence import Sequence
+from model.datatypes import PagedBatch
+from model.penalties import Adjustment
+from model.sampling import RandomRows, SamplingBatch
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy, as in vLLM."""
+
+
+class StepBatch:
+    """A step as the shard takes it, and which sequence each of its logit rows is for.
+
+    sampled: sequences of the first rows, each of which gets a token. targets: sequence and position of
+    the rows after them, whose prompt tokens' log probabilities are wanted.
+    """
+
+    __slots__ = ("paged", "sampled", "sampling", "targets")
+
+    def __init__(
+        self, paged: PagedBatch, sampling: SamplingBatch, sampled: list[Sequence], targets: list[tuple[Sequence, int]]
+    ) -> None:
+        self.paged, self.sampling, self.sampled, self.targets = paged, sampling, sampled, targets
+
+
+class BatchBuilder:
+    """Builds batches of one engine. The tensors of a batch are valid until the next is built."""
+
+    def __init__(self, limits: Limits) -> None:
+        slots = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        width = -(-limits.max_model_len // limits.block_size)
+        self._block_size = limits.block_size
+        self._tables = np.zeros((slots, width), np.int32)
+        self._tokens = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64)
+        self._positions = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64)
+        self._tokens_np, self._positions_np = self._tokens.numpy(), self._positions.numpy()
+        self._rows = torch.arange(limits.max_num_batched_tokens + 1)
+        self._starts = torch.arange(slots + 1, dtype=torch.int32)
+
+    def build(self, plan: Plan) -> StepBatch:
+        """The step of `plan`: single tokens first, then longer chunks."""
+        chunks = [sequence for sequence, count in plan.items() if count > 1]
+        decodes = list(plan) if not chunks else [sequence for sequence, count in plan.items() if count == 1]
+        count = len(decodes)
+        self._tokens_np[:count] = [sequence.tokens[sequence.num_computed] for sequence in decodes]
+        self._positions_np[:count] = [sequence.num_computed for sequence in decodes]
+        if not chunks and all(sequence.num_pending == 1 and not sequence.wants_prompt_logprobs for sequence in decodes):
+            return self._batch(decodes, count, self._starts[: count + 1], self._rows[:count], decodes, [])
+        starts = list(range(count + 1))
+        for sequence in chunks:
+            starts.append(self._put(sequence, starts[-1], plan[sequence]))
+        return self._with_rows(plan, decodes + chunks, count, starts)
+
+    def _put(self, sequence: Sequence, start: int, count: int) -> int:
+        first, end = sequence.num_computed, start + count
+        self._tokens_np[start:end] = sequence.tokens[first : first + count]
+        self._positions_np[start:end] = np.arange(first, first + count)
+        return end
+
+    def _with_rows(self, plan: Plan, sequences: list[Sequence], num_decodes: int, starts: list[int]) -> StepBatch:
+        rows, sampled = [], []
+        target_rows: list[int] = []
+        targets: list[tuple[Sequence, int]] = []
+        for sequence, start, end in zip(sequences, starts, starts[1:], strict=False):
+            if plan[sequence] == sequence.num_pending:
+                rows.append(end - 1)
+                sampled.append(sequence)
+            if sequence.wants_prompt_logprobs:
+                wanted = _prompt_targets(sequence, plan[sequence])
+                target_rows += [start + position - 1 - sequence.num_computed for position in wanted]
+                targets += [(sequence, position) for position in wanted]
+        return self._batch(
+            sequences, num_decodes, torch.tensor(starts, dtype=torch.int32), torch.tensor(rows + target_rows,
+            dtype=torch.int64), sampled, targets,
+        )  # fmt: skip
+
+    def _batch(
+        self, sequences: list[Sequence], num_decodes: int, starts: Tensor, rows: Tensor, sampled: list[Sequence],
+        targets: list[tuple[Sequence, int]],
+    ) -> StepBatch:  # fmt: skip
+        num_tokens = int(starts[-1])
+        counts = starts[1:] - starts[:-1]
+        computed = torch.tensor([sequence.num_computed for sequence in sequences], dtype=torch.int32)
+        paged = PagedBatch(
+            tokens=self._tokens[:num_tokens],
+            positions=self._positions[:num_tokens],
+            query_starts=starts,
+            context_lens=computed + counts,
+            block_tables=self._block_tables(sequences),
+            logit_rows=rows,
+            num_decodes=num_decodes,
+        )
+        return StepBatch(paged, _sampling(sampled, targets), sampled, targets)
+
+    def _block_tables(self, sequences: list[Sequence]) -> Tensor:
+        tables = self._tables
+        width = 1
+        for sequence in sequences:
+            length = len(sequence.blocks)
+            if length != sequence.num_tabled:
+                if not sequence.num_tabled:
+                    tables[sequence.slot] = 0
+                tables[sequence.slot, sequence.num_tabled : length] = sequence.blocks[sequence.num_tabled :]
+                sequence.num_tabled = length
+            width = max(width, length)
+        return torch.from_numpy(tables[[sequence.slot for sequence in sequences], :width])
+
+
+def _prompt_targets(sequence: Sequence, count: int) -> range:
+    """Prompt positions whose token is predicted by this chunk and not yet reported."""
+    end = min(sequence.num_computed + count + 1, sequence.num_prompt)
+    return range(max(sequence.num_computed + 1, len(sequence.prompt_logprobs)), end)
+
+
+def _sampling(sampled: list[Sequence], targets: list[tuple[Sequence, int]]) -> SamplingBatch:
+    num_top = None
+    if any(sequence.sampling.logprobs is not None for sequence in sampled):
+        num_top = tuple(-1 if s.sampling.logprobs is None else s.sampling.logprobs for s in sampled)
+    return SamplingBatch(
+        num_samples=len(sampled),
+        random=_random_rows(sampled),
+        adjustments=tuple(_adjustment(row, sequence) for row, sequence in enumerate(sampled) if _is_adjusted(sequence)),
+        num_top=num_top,
+        targets=tuple(sequence.tokens[position] for sequence, position in targets),
+        targets_top=tuple(sequence.sampling.prompt_logprobs or 0 for sequence, _ in targets),
+    )
+
+
+def _random_rows(sampled: list[Sequence]) -> RandomRows | None:
+    random = [(row, s, s.sampling) for row, s in enumerate(sampled) if s.sampling.temperature >= GREEDY_BELOW]
+    if not random:
+        return None
+    return RandomRows(
+        rows=np.array([row for row, _, _ in random]),
+        temperature=np.array([params.temperature for _, _, params in random], np.float32),
+        top_k=np.array([params.top_k for _, _, params in random]),
+        top_p=np.array([params.top_p for _, _, params in random]),
+        min_p=np.array([params.min_p for _, _, params in random]),
+        seed=np.array([params.seed & 0xFFFFFFFFFFFFFFFF for _, _, params in random], np.uint64),
+        choice=np.array([sequence.index for _, sequence, _ in random], np.uint64),
+        position=np.array([sequence.num_outputs for _, sequence, _ in random], np.uint64),
+    )
+
+
+def _is_adjusted(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sequence.seen is not None or sampling.logit_bias or sequence.num_outputs < sampling.min_tokens)
+
+
+def _adjustment(row: int, sequence: Sequence) -> Adjustment:
+    sampling = sequence.sampling
+    return Adjustment(
+        row=row,
+        banned=sampling.stop_token_ids if sequence.num_outputs < sampling.min_tokens else (),
+        bias=sampling.logit_bias or None,
+        seen=sequence.seen,
+        presence=sampling.presence_penalty,
+        frequency=sampling.frequency_penalty,
+        repetition=sampling.repetition_penalty,
+    )

@@ -1,0 +1,131 @@
+"""The engine as a Serve deployment: one replica runs one model on one shard."""
+
+import asyncio
+import gc
+import logging
+import secrets
+import time
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from cluster.shard import Shard
+from deployments.config import ModelConfig
+from deployments.engine.blocks import BlockPool
+from deployments.engine.loop import StepLoop
+from deployments.engine.metrics import EngineMetrics
+from deployments.engine.request import EngineDescription, EngineRequest
+from deployments.engine.scheduler import Limits, Scheduler
+from deployments.metrics import Snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class EngineReplica:
+    """Loads `config`'s model and generates with it. `shard`: used instead of loading one (tests).
+
+    Raises ValueError at construction when the model or its KV cache do not fit.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard | None = None) -> None:
+        begun = time.monotonic()
+        self._shard = _load(config) if shard is None else shard
+        engine = config.engine
+        limits = Limits(
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_model_len=self._shard.max_model_len,
+            block_size=engine.block_size,
+            enable_prefix_caching=engine.enable_prefix_caching,
+        )
+        scheduler = Scheduler(BlockPool(self._shard.num_blocks), limits)
+        self._description = EngineDescription(
+            model_id=config.id,
+            max_model_len=limits.max_model_len,
+            vocab_size=self._shard.args.vocab_size,
+            dtype=engine.dtype,
+            block_size=limits.block_size,
+            num_kv_tokens=self._shard.num_blocks * limits.block_size,
+            max_num_seqs=scheduler.max_running,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
+        self._metrics = EngineMetrics(config.id, _replica_id(), scheduler)
+        self._loop = StepLoop(self._shard, scheduler, self._metrics, engine.max_waiting_requests)
+        # The model's objects stay: the collector need not walk them, which would pause a step.
+        gc.collect()
+        gc.freeze()
+        self._loop.start()
+        logger.info("engine of %s ready in %.1f s", config.id, time.monotonic() - begun)
+
+    async def generate(self, request: EngineRequest) -> None:
+        """Returns when the request is done; its tokens go to `request.reply_to`. Cancelling aborts it.
+
+        Raises QueueFull, RequestTooLong or StepFailed.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._loop.submit(request, lambda error: _call_soon(loop, future, error))
+        try:
+            await future
+        except asyncio.CancelledError:
+            self._loop.abort(request.request_id)
+            raise
+
+    def describe(self) -> EngineDescription:
+        return self._description
+
+    def metrics(self) -> Snapshot:
+        return self._metrics.snapshot()
+
+    def check_health(self) -> None:
+        """Serve calls it; raises when the replica should be replaced."""
+        if self._loop.error is not None:
+            raise RuntimeError(f"engine of {self._description.model_id}: {self._loop.error}")
+
+    def stop(self) -> None:
+        """Ends the step thread; unfinished requests fail."""
+        self._loop.stop()
+
+    def __del__(self) -> None:
+        loop = getattr(self, "_loop", None)
+        if loop is not None and loop.error is None:
+            loop.stop()
+
+
+Engine = serve.deployment(EngineReplica, name="engine")
+"""The deployment; `deployments.app` sets its options for each model."""
+
+
+def _load(config: ModelConfig) -> Shard:
+    engine = config.engine
+    return Shard(
+        path=config.path,
+        dtype=engine.dtype,
+        block_size=engine.block_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_model_len=engine.max_model_len,
+        kv_cache_memory=engine.kv_cache_memory,
+        kv_cache_memory_share=engine.kv_cache_memory_share,
+        num_threads=engine.num_threads,
+    )
+
+
+def _replica_id() -> str:
+    """This replica's, or a random one outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return secrets.token_hex(4)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], error: Exception | None) -> None:
+    def settle() -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle)

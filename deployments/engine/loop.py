@@ -1,0 +1,204 @@
+"""The step thread: schedule, execute, postprocess, again.
+
+Requests and aborts are handed over under a lock and take effect at the next step. The thread
+owns the scheduler, the batch builder and the outboxes; nothing else touches them.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from deployments.engine.batch import BatchBuilder, StepBatch
+from deployments.engine.mailing import Mailing
+from deployments.engine.metrics import EngineMetrics
+from deployments.engine.postprocess import Outputs, postprocess
+from deployments.engine.request import EngineRequest, QueueFull, StepFailed
+from deployments.engine.scheduler import Plan, Scheduler
+from deployments.engine.sequence import Sequence, Status
+from model.datatypes import PagedBatch
+from model.sampling import SampledTokens, SamplingBatch
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = 5e-5
+"""Seconds after which another Python thread yields to this one; the default of 5 ms would stall steps."""
+
+FAILURES_UNTIL_UNHEALTHY = 3
+
+Done = Callable[[Exception | None], None]
+"""Called once, from the step thread, when a request has ended or failed."""
+
+
+class Executor(Protocol):
+    """What computes a step: a `cluster.shard.Shard`, or a fake."""
+
+    def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens: ...
+
+
+@dataclass
+class _Request:
+    request: EngineRequest
+    done: Done
+    choices: list[Sequence] = field(default_factory=list)
+
+
+class StepLoop:
+    """Runs the requests of one engine. `submit` and `abort` may be called from any thread."""
+
+    def __init__(
+        self, executor: Executor, scheduler: Scheduler, metrics: EngineMetrics, max_waiting_requests: int
+    ) -> None:
+        self._executor, self._scheduler, self._metrics = executor, scheduler, metrics
+        self._max_waiting = max_waiting_requests
+        self._batches, self._mailing = BatchBuilder(scheduler.limits), Mailing()
+        self._wake = threading.Condition()
+        self._arriving: list[_Request] = []
+        self._aborting: list[str] = []
+        self._requests: dict[str, _Request] = {}
+        self._stopping = False
+        self._consecutive_failures = 0
+        self._was_idle = True
+        self._finish_interval, self._last_finish = 1.0, time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+
+    def start(self) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its step; requests that are left fail."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong, if this engine can no longer work."""
+        if not self._thread.is_alive():
+            return "the step thread is not running"
+        if self._consecutive_failures >= FAILURES_UNTIL_UNHEALTHY:
+            return f"the last {self._consecutive_failures} steps failed"
+        return None
+
+    def submit(self, request: EngineRequest, done: Done) -> None:
+        """Queues `request`. Raises QueueFull, RequestTooLong, or ValueError for an id in use."""
+        self._scheduler.check(request)
+        with self._wake:
+            if self._stopping:
+                raise StepFailed("the engine is shutting down")
+            if request.request_id in self._requests:
+                raise ValueError(f"request id {request.request_id!r} is in use")
+            self._check_queue()
+            self._requests[request.request_id] = arriving = _Request(request, done)
+            self._arriving.append(arriving)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request before the next step; unknown ones are ignored. Its `done` is not called."""
+        with self._wake:
+            self._aborting.append(request_id)
+            self._wake.notify()
+
+    def _check_queue(self) -> None:
+        waiting = sum(not entry.choices or entry.choices[0].is_unstarted for entry in list(self._requests.values()))
+        free = self._scheduler.max_running - len(self._scheduler.running)
+        if waiting >= self._max_waiting + max(free, 0):
+            raise QueueFull(waiting, min(max(1.0, self._finish_interval * waiting / 2), 60.0))
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            self._step_or_fail()
+        self._fail(list(self._requests.values()), StepFailed("the engine shut down before the request was done"))
+        self._mailing.close()
+
+    def _wait_for_work(self) -> bool:
+        """Takes what was handed over; sleeps when there is nothing to do. False when it is time to stop."""
+        with self._wake:
+            while not (self._stopping or self._arriving or self._aborting or self._has_sequences()):
+                self._check_idle()
+                self._wake.wait()
+            arriving, self._arriving = self._arriving, []
+            aborting, self._aborting = self._aborting, []
+        for entry in arriving:
+            self._admit(entry)
+        for request_id in aborting:
+            self._drop(request_id)
+        return not self._stopping
+
+    def _has_sequences(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def _admit(self, entry: _Request) -> None:
+        try:
+            entry.choices = self._scheduler.add(entry.request)
+        except Exception as error:
+            self._fail([entry], error)
+
+    def _drop(self, request_id: str) -> _Request | None:
+        entry = self._requests.pop(request_id, None)
+        if entry is not None:
+            self._scheduler.remove(entry.choices)
+        return entry
+
+    def _step_or_fail(self) -> None:
+        plan: Plan = {}
+        try:
+            plan = self._scheduler.schedule()
+            if plan:
+                self._was_idle = False
+                self._step(plan)
+            self._consecutive_failures = 0
+        except Exception as error:
+            self._consecutive_failures += 1
+            self._metrics.failed_steps.inc()
+            ids = {sequence.request.request_id for sequence in plan}
+            concerned = [entry for name, entry in self._requests.items() if name in ids or not plan]
+            logger.exception("A step failed, and with it %d of %d requests", len(concerned), len(self._requests))
+            self._fail(concerned, StepFailed(f"the engine failed in a step: {type(error).__name__}: {error}"))
+
+    def _step(self, plan: Plan) -> None:
+        begun = time.perf_counter()
+        step = self._batches.build(plan)
+        for sequence in plan:
+            if not sequence.started:
+                self._metrics.started(sequence)
+        built = time.perf_counter()
+        sampled = self._executor.step(step.paged, step.sampling)
+        executed = time.perf_counter()
+        self._finish(step, postprocess(self._scheduler, plan, step, sampled))
+        overhead = time.perf_counter() - executed + built - begun
+        self._metrics.step(int(step.paged.query_starts[-1]), executed - built, overhead)
+
+    def _finish(self, step: StepBatch, outputs: Outputs) -> None:
+        self._mailing.send(outputs.deltas)
+        self._metrics.generation_tokens.inc(len(step.sampled))
+        for sequence in outputs.first:
+            self._metrics.first_output(sequence)
+        for sequence in outputs.finished:
+            self._metrics.finished(sequence)
+            entry = self._requests[sequence.request.request_id]
+            if all(choice.status is Status.FINISHED for choice in entry.choices):
+                del self._requests[sequence.request.request_id]
+                self._count_finish()
+                entry.done(None)
+
+    def _fail(self, entries: list[_Request], error: Exception) -> None:
+        for entry in entries:
+            self._drop(entry.request.request_id)
+            entry.done(error)
+
+    def _count_finish(self) -> None:
+        now = time.monotonic()
+        self._finish_interval += 0.1 * (min(now - self._last_finish, 60.0) - self._finish_interval)
+        self._last_finish = now
+
+    def _check_idle(self) -> None:
+        """Nothing runs, so nothing may hold a block. A leak is logged, and would be a bug."""
+        if not self._was_idle and (leaks := self._scheduler.pool.leaks()):
+            logger.error("No request runs, but %d KV blocks are held: %s", len(leaks), leaks[:10])
+        self._was_idle = True
