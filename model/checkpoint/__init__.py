@@ -8,11 +8,11 @@ checking and copying (loading.py).
 from pathlib import Path
 
 from model.checkpoint import gguf, huggingface, meta
-from model.checkpoint.checkpoint import Checkpoint
+from model.checkpoint.checkpoint import Checkpoint, ExpertWeights
 from model.checkpoint.errors import CheckpointError
 from model.checkpoint.hub import local_path
 
-__all__ = ["Checkpoint", "CheckpointError", "local_path", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "ExpertWeights", "local_path", "open_checkpoint"]
 
 
 def open_checkpoint(location: str | Path) -> Checkpoint:

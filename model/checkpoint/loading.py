@@ -37,9 +37,9 @@ def load_parameters(
     begin = time.monotonic()
     num_bytes = sum(parameter.nbytes for parameter in parameters.values())
     pieces = (
-        (parameter.detach()[rows], sources[name], region)
+        (parameter.detach()[part], sources[name], region)
         for name, parameter in parameters.items()
-        for rows, region in _pieces(regions[name])
+        for part, region in _pieces(regions[name])
     )
     with LoadingProgress(num_bytes, visible=rank == 0) as progress, _threads() as threads:
         for copied in threads.map(lambda piece: _copy(*piece), pieces):
@@ -111,11 +111,17 @@ def _listed(fault: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {fault}: {', '.join(names[:_MOST_NAMES])}{more}"]
 
 
-def _pieces(region: Region) -> Iterator[tuple[slice, Region]]:
-    """Cuts `region` along its first dimension: rows of the parameter, and the region of the source for them."""
+def _pieces(region: Region) -> Iterator[tuple[Region, Region]]:
+    """Cuts `region` along its first dimensions: parts of the parameter, and the region of the source for each."""
     rows, *rest = region
     row_elements = max(1, torch.Size(part.stop - part.start for part in rest).numel())
+    if row_elements > PIECE_ELEMENTS:
+        for row in range(rows.start, rows.stop):
+            for part, inner in _pieces(tuple(rest)):
+                yield (slice(row - rows.start, row - rows.start + 1), *part), (slice(row, row + 1), *inner)
+        return
     step = max(1, PIECE_ELEMENTS // row_elements)
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
-        yield slice(start - rows.start, stop - rows.start), (slice(start, stop), *rest)
+        whole = [slice(0, part.stop - part.start) for part in rest]
+        yield (slice(start - rows.start, stop - rows.start), *whole), (slice(start, stop), *rest)

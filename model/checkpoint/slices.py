@@ -23,6 +23,13 @@ _SPLIT_DIMS: dict[str, int | None] = {
     "feed_forward.w1.weight": 0,
     "feed_forward.w2.weight": 1,
     "feed_forward.w3.weight": 0,
+    "feed_forward.router_DE": None,
+    "feed_forward.experts.w1": 2,
+    "feed_forward.experts.w2": 1,
+    "feed_forward.experts.w3": 2,
+    "feed_forward.shared_expert.w1.weight": 0,
+    "feed_forward.shared_expert.w2.weight": 1,
+    "feed_forward.shared_expert.w3.weight": 0,
     "attention_norm.weight": None,
     "ffn_norm.weight": None,
 }
@@ -70,9 +77,10 @@ def check_world_size(args: ModelArgs, rank: int, world_size: int) -> None:
 
 
 def _split_counts(args: ModelArgs) -> dict[str, int]:
-    return {
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.kv_heads,
-        "ffn_hidden_dim": args.hidden_dim,
-        "vocab_size": args.vocab_size,
-    }
+    counts = {"n_heads": args.n_heads, "n_kv_heads": args.kv_heads, "vocab_size": args.vocab_size}
+    moe_layers = [args.is_moe_layer(layer) for layer in range(args.n_layers)]
+    if not all(moe_layers):
+        counts["ffn_hidden_dim"] = args.hidden_dim
+    if any(moe_layers):
+        counts["expert_hidden_dim"] = args.expert_hidden_dim
+    return counts

@@ -60,6 +60,57 @@ class Joined:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """`start` to `stop` of a tensor along `dim`."""
+
+    source: TensorSource
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.source.shape[: self.dim], self.stop - self.start, *self.source.shape[self.dim + 1 :])
+
+    def read(self, region: Region) -> Tensor:
+        wanted = region[self.dim]
+        moved = slice(wanted.start + self.start, wanted.stop + self.start)
+        return self.source.read((*region[: self.dim], moved, *region[self.dim + 1 :]))
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """The last two dimensions exchanged."""
+
+    source: TensorSource
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rest, rows, columns = self.source.shape
+        return (*rest, columns, rows)
+
+    def read(self, region: Region) -> Tensor:
+        *rest, rows, columns = region
+        return self.source.read((*rest, columns, rows)).transpose(-2, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """Tensors of one shape along a new first dimension."""
+
+    parts: tuple[TensorSource, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    def read(self, region: Region) -> Tensor:
+        which, *rest = region
+        tensors = [part.read(tuple(rest)) for part in self.parts[which]]
+        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+@dataclass(frozen=True, eq=False)
 class Interleaved:
     """The rows of a query or key projection whose rotary pairs are the two halves of each head, made adjacent.
 

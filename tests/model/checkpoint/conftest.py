@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from model.args import ModelArgs
 from model.checkpoint import Checkpoint
 from model.checkpoint.loading import load_parameters
 from model.checkpoint.slices import rank_region, split_dim
+from tests.model.checkpoint.random_weights import randomized
 
 SMOLLM2 = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -110,3 +118,25 @@ def meta_weights() -> Callable[[ModelArgs], dict[str, Tensor]]:
         return weights
 
     return build
+
+
+@pytest.fixture
+def llama4_folder(tmp_path):
+    """A Llama 4 with dense and MoE layers that divides over up to 4 ranks."""
+    settings = {
+        "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 96,
+        "max_position_embeddings": 64, "num_local_experts": 4, "interleave_moe_layer_step": 2, "pad_token_id": None,
+    }  # fmt: skip
+    randomized(Llama4ForCausalLM(Llama4TextConfig(**settings)), 1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mixtral_folder(tmp_path):
+    settings = {
+        "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 96, "max_position_embeddings": 64, "num_local_experts": 4,
+    }  # fmt: skip
+    randomized(MixtralForCausalLM(MixtralConfig(**settings)), 1).save_pretrained(tmp_path)
+    return tmp_path

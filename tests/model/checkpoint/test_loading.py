@@ -11,6 +11,7 @@ def _sources(**extra):
         "norm.weight": Mapped(torch.randn(8)),
         "output.weight": Mapped(torch.randn(6, 8)),
         "layers.0.feed_forward.w2.weight": Mapped(torch.randn(8, 6)),
+        "layers.1.feed_forward.experts.w1": Mapped(torch.randn(3, 4, 5)),
     } | extra
 
 

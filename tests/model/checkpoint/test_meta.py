@@ -73,7 +73,7 @@ def test_a_model_is_filled(tmp_path, meta_weights, tied):
         assert torch.equal(parameter, weights[name])
 
 
-@pytest.mark.parametrize("key", ["moe_args", "vision_chunk_size", "quantization_args", "lora_args"])
+@pytest.mark.parametrize("key", ["vision_chunk_size", "quantization_args", "lora_args"])
 def test_keys_of_other_models_are_refused_by_name(tmp_path, meta_weights, key):
     with pytest.raises(CheckpointError, match=f"not supported: {key}"):
         open_checkpoint(_write(tmp_path, meta_weights(ARGS), **{key: {}}))
