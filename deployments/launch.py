@@ -62,8 +62,9 @@ class Launch:
         self._say("Loading the model")
         self._await_running()
         self._await_answer()
-        self._cluster.start_dashboard(_free_port(DASHBOARD_PORT))
-        self._tell_how_to_use()
+        dashboard = _free_port(DASHBOARD_PORT)
+        self._cluster.start_dashboard(dashboard)
+        self._tell_how_to_use(dashboard)
 
     def wait(self) -> None:
         """Returns never; raises LaunchFailed when the cluster has died."""
@@ -179,13 +180,14 @@ class Launch:
                 time.sleep(POLL_SECONDS)
         raise LaunchFailed(f"{self.url} does not answer")
 
-    def _tell_how_to_use(self) -> None:
+    def _tell_how_to_use(self, dashboard: int) -> None:
         models = [
             model["id"] for application in self._config.applications for model in application.args.get("models", ())
         ]
         self._say(f"Ready. Models: {', '.join(models) or 'none'}. API: {self.url}/v1 (documentation: {self.url}/docs)")
         if models:
-            print("Ctrl-C, or `make stop` in another shell, ends it. Try:", flush=True)
+            print(f"To change it in place: RAY_AUTH_MODE=token serve deploy -a http://{LOOPBACK}:{dashboard} FILE.yaml")
+            print("Ctrl-C, or `make stop` in another shell, ends it. Try:")
             body = f'{{"model": "{models[0]}", "messages": [{{"role": "user", "content": "Name three oceans."}}]}}'
             print(f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
@@ -219,7 +221,7 @@ def _free_port(preferred: int) -> int:
 
 def _holder(port: int) -> str:
     for connection in psutil.net_connections("tcp"):
-        if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
-            if connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+        listens = connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        if listens and connection.pid:
+            return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return ""
