@@ -19,7 +19,7 @@ from model.checkpoint.source import Mapped
 
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
-_DERIVED = "rotary_emb.inv_freq"
+_DERIVED = ("rotary_emb.inv_freq", "rotary_embedding.freqs_ci")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -32,7 +32,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     stored = {
         name: Mapped(tensor)
         for name, tensor in _tensors(folder).items()
-        if not name.endswith(_DERIVED) and not (name == _HEAD and args.tie_word_embeddings)
+        if not name.endswith(_DERIVED) and not (name.endswith(_HEAD) and args.tie_word_embeddings)
     }
     try:
         return Checkpoint(str(folder), args, meta_sources(stored, args, halves=architecture.halves))

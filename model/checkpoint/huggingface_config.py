@@ -1,13 +1,14 @@
 """The config.json of `transformers`' Llama, Mixtral and Llama 4, as ModelArgs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.args import ModelArgs
 from model.checkpoint.config import model_args, refuse, required
 from model.checkpoint.errors import CheckpointError
+from model.checkpoint.huggingface_vision import vision_args
 
 Config = Mapping[str, Any]
 Neutral = Mapping[str, tuple[Any, ...]]
@@ -33,6 +34,7 @@ class Architecture:
     neutral: settings that must be as here, beside those of all architectures.
     fields: the fields of ModelArgs that only this architecture has.
     halves: rotary pairs are the halves of a head, not neighbours.
+    sees: the text model's settings are in `text_config`, its image encoder's in `vision_config`.
     """
 
     model_type: str
@@ -40,10 +42,20 @@ class Architecture:
     neutral: Neutral
     fields: Callable[[Config, Path], dict[str, Any]]
     halves: bool
+    sees: bool = False
 
 
 def args_of(config: Config, architecture: Architecture, origin: Path) -> ModelArgs:
-    """ModelArgs of a text model. Raises CheckpointError naming each setting that is not supported."""
+    """ModelArgs of a config.json. Raises CheckpointError naming each setting that is not supported."""
+    if not architecture.sees:
+        return model_args(origin, **_text_fields(config, architecture, origin))
+    refuse(config, {"quantization_config": ()}, origin)
+    text = {"tie_word_embeddings": config.get("tie_word_embeddings"), **required(config, "text_config", origin)}
+    vision = vision_args(required(config, "vision_config", origin), origin)
+    return model_args(origin, **_text_fields(text, architecture, origin), vision_args=vision)
+
+
+def _text_fields(config: Config, architecture: Architecture, origin: Path) -> dict[str, Any]:
     refuse(config, {"model_type": (architecture.model_type,), **_NEUTRAL, **architecture.neutral}, origin)
     common = {
         "dim": required(config, "hidden_size", origin),
@@ -57,9 +69,7 @@ def args_of(config: Config, architecture: Architecture, origin: Path) -> ModelAr
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "max_seq_len": config.get("max_position_embeddings", 2048),
     }
-    return model_args(
-        origin, **common | _rope_fields(config, architecture.rope_theta, origin) | architecture.fields(config, origin)
-    )
+    return common | _rope_fields(config, architecture.rope_theta, origin) | architecture.fields(config, origin)
 
 
 def _llama_fields(config: Config, origin: Path) -> dict[str, Any]:
@@ -147,4 +157,9 @@ def _rope_fields(config: Config, theta: float, origin: Path) -> dict[str, Any]:
 LLAMA = Architecture("llama", 10000.0, {"num_local_experts": (0,), "layer_types": ()}, _llama_fields, halves=True)
 MIXTRAL = Architecture("mixtral", 1000000.0, {"layer_types": ()}, _mixtral_fields, halves=True)
 LLAMA4 = Architecture("llama4_text", 500000.0, {}, _llama4_fields, halves=False)
-ARCHITECTURES = {"LlamaForCausalLM": LLAMA, "MixtralForCausalLM": MIXTRAL, "Llama4ForCausalLM": LLAMA4}
+ARCHITECTURES = {
+    "LlamaForCausalLM": LLAMA,
+    "MixtralForCausalLM": MIXTRAL,
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": replace(LLAMA4, sees=True),
+}

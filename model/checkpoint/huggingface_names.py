@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from model.args import ModelArgs
 from model.checkpoint.errors import CheckpointError
+from model.checkpoint.huggingface_vision import vision_name
 from model.checkpoint.source import Interleaved, Part, Stacked, TensorSource, Transposed
 
 _NAMES = {
@@ -69,9 +70,10 @@ def _gate_and_up(name: str, canonical: str, source: TensorSource) -> dict[str, T
 
 def meta_name(name: str) -> str:
     """Meta's name of a tensor, or its own when Meta has none."""
-    if layer := _LAYER.fullmatch(name):
+    text = name.removeprefix("language_model.")  # beside an image encoder
+    if layer := _LAYER.fullmatch(text):
         return f"layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}" if layer[2] in _LAYER_NAMES else name
-    return _NAMES.get(name, name)
+    return _NAMES[text] if text in _NAMES else vision_name(name)
 
 
 def _with_stacked_experts(stored: Mapping[str, TensorSource], args: ModelArgs) -> dict[str, TensorSource]:

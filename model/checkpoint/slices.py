@@ -32,10 +32,36 @@ _SPLIT_DIMS: dict[str, int | None] = {
     "feed_forward.shared_expert.w3.weight": 0,
     "attention_norm.weight": None,
     "ffn_norm.weight": None,
+    "vision_projection.weight": 0,
+    "vision_embeddings.vision_adapter.mlp.c_fc.weight": 0,
+    "vision_embeddings.vision_adapter.mlp.c_proj.weight": 1,
+    "vision_embeddings.vision_encoder.conv1._linear.weight": 0,
+    "vision_embeddings.vision_encoder.class_embedding": None,
+    "vision_embeddings.vision_encoder.positional_embedding_vlm": None,
+    "vision_embeddings.vision_encoder.ln_pre.weight": None,
+    "vision_embeddings.vision_encoder.ln_pre.bias": None,
+    "vision_embeddings.vision_encoder.ln_post.weight": None,
+    "vision_embeddings.vision_encoder.ln_post.bias": None,
+    "attn.wq.weight": 0,
+    "attn.wq.bias": 0,
+    "attn.wk.weight": 0,
+    "attn.wk.bias": 0,
+    "attn.wv.weight": 0,
+    "attn.wv.bias": 0,
+    "attn.wo.weight": 1,
+    "attn.wo.bias": None,
+    "mlp.c_fc.weight": 0,
+    "mlp.c_fc.bias": 0,
+    "mlp.c_proj.weight": 1,
+    "mlp.c_proj.bias": None,
+    "ln_1.weight": None,
+    "ln_1.bias": None,
+    "ln_2.weight": None,
+    "ln_2.bias": None,
 }
 """Parameter -> the dimension that is split over ranks; None: every rank holds all of it."""
 
-_LAYER = re.compile(r"^layers\.\d+\.")
+_LAYER = re.compile(r"^(layers|vision_embeddings\.vision_encoder\.transformer\.resblocks)\.\d+\.")
 
 
 def split_dim(name: str) -> int | None:
@@ -83,4 +109,7 @@ def _split_counts(args: ModelArgs) -> dict[str, int]:
         counts["ffn_hidden_dim"] = args.hidden_dim
     if any(moe_layers):
         counts["expert_hidden_dim"] = args.expert_hidden_dim
+    if vision := args.vision_args:
+        counts |= {"dim": args.dim, "vision n_heads": vision.n_heads, "vision hidden_dim": vision.hidden_dim}
+        counts["vision output_dim"] = vision.output_dim
     return counts

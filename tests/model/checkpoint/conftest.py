@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Llama4Config,
     Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -139,4 +141,30 @@ def mixtral_folder(tmp_path):
         "num_key_value_heads": 4, "vocab_size": 96, "max_position_embeddings": 64, "num_local_experts": 4,
     }  # fmt: skip
     randomized(MixtralForCausalLM(MixtralConfig(**settings)), 1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+IMAGE_TOKEN = 7
+
+
+@pytest.fixture
+def llama4_vision() -> Llama4ForConditionalGeneration:
+    """Tiles of 4 by 4 patches, of which 2 by 2 become a token."""
+    text = {
+        "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 96,
+        "max_position_embeddings": 64, "num_local_experts": 4, "interleave_moe_layer_step": 2, "pad_token_id": None,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vision_output_dim": 40, "projector_input_dim": 40, "projector_output_dim": 40, "image_size": 16,
+        "patch_size": 4,
+    }  # fmt: skip
+    config = Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
+    return randomized(Llama4ForConditionalGeneration(config), 4)
+
+
+@pytest.fixture
+def llama4_vision_folder(tmp_path, llama4_vision) -> Path:
+    llama4_vision.save_pretrained(tmp_path)
     return tmp_path

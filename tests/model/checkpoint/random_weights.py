@@ -1,7 +1,6 @@
 """Weights of `transformers` models at random."""
 
 import torch
-from transformers import Llama4ForCausalLM
 
 
 @torch.no_grad()
@@ -12,7 +11,7 @@ def randomized(model, seed):
         if parameter.dim() == 1:
             parameter.uniform_(0.5, 1.5, generator=generator)
         else:
-            by_rows = parameter.dim() == 3 and isinstance(model, Llama4ForCausalLM)
+            by_rows = parameter.dim() == 3 and "llama4" in model.config.model_type
             width = parameter.shape[-2] if by_rows else parameter.shape[-1]
             std = 1.0 if "embed" in name else 1.5 / width**0.5
             parameter.normal_(std=std, generator=generator)
