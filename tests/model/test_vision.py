@@ -133,6 +133,21 @@ def test_embeddings_and_logits_equal_metas(seed, meta):
     assert_equal(model(TransformerInput(tokens, 0, MaskedEmbedding(got, mask))).logits, logits, args)
 
 
+def test_a_tile_that_is_no_square_equals_metas(meta):
+    from llama_models.llama4.vision.encoder import VisionEncoder as Theirs
+
+    LLM(draw(0))  # sets up the model-parallel group
+    args = VisionArgs(
+        image_size=Size(height=8, width=24), patch_size=Size(height=4, width=3), dim=48, n_layers=2, n_heads=3,
+        mlp_ratio=4.0, output_dim=8, pixel_shuffle_ratio=0.5,
+    )  # fmt: skip
+    ours, theirs = VisionEncoder(args), Theirs((8, 24), (4, 3), 48, 2, 3, 4.0)
+    enlarge(ours)
+    theirs.load_state_dict(ours.state_dict())
+    pixels = torch.randn(2, 3, 8, 24)
+    assert_equal(ours(pixels), theirs(pixels[:, None]), args)
+
+
 def test_published_sizes_have_metas_names_and_shapes(meta):
     """Llama 4 Scout's encoder, cut to two layers."""
     from llama_models.llama4 import args as meta_args

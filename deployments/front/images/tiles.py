@@ -11,7 +11,7 @@ from deployments.front.images.canvas import best_canvas, drawn_size
 from deployments.front.images.settings import ImageSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedImage:
     """tiles: uint8 [num_tiles, 3, tile_size, tile_size], row by row; where there are several, the whole
       image in one tile is last. `model.vision.pixels.normalize_pixels` makes them the encoder's input.
