@@ -8,6 +8,7 @@ control) can talk to it.
 
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -51,7 +52,7 @@ class Outbox:
 
     def __init__(self, address: Address) -> None:
         public_key, secret_key = zmq.curve_keypair()
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: Any = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(UNLIMITED)
         self._socket.linger = 1000
         self._socket.curve_serverkey = address.public_key

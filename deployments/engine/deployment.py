@@ -1,4 +1,7 @@
-"""The engine as a Serve deployment: one replica runs one model on one shard."""
+"""The engine as a Serve deployment: one replica runs one model on one shard.
+
+`deployments.app` makes the class a deployment and sets its options.
+"""
 
 import asyncio
 import gc
@@ -21,7 +24,7 @@ from deployments.metrics import Snapshot
 logger = logging.getLogger(__name__)
 
 
-class EngineReplica:
+class Engine:
     """Loads `config`'s model and generates with it. `shard`: used instead of loading one (tests).
 
     Raises ValueError at construction when the model or its KV cache do not fit.
@@ -90,10 +93,6 @@ class EngineReplica:
         loop = getattr(self, "_loop", None)
         if loop is not None and loop.error is None:
             loop.stop()
-
-
-Engine = serve.deployment(EngineReplica, name="engine")
-"""The deployment; `deployments.app` sets its options for each model."""
 
 
 def _load(config: ModelConfig) -> Shard:

@@ -157,7 +157,8 @@ class StepLoop:
             self._consecutive_failures += 1
             self._metrics.failed_steps.inc()
             ids = {sequence.request.request_id for sequence in plan}
-            concerned = [entry for name, entry in self._requests.items() if name in ids or not plan]
+            admitted = [entry for entry in list(self._requests.values()) if entry.choices]
+            concerned = [entry for entry in admitted if entry.request.request_id in ids or not plan]
             logger.exception("A step failed, and with it %d of %d requests", len(concerned), len(self._requests))
             self._fail(concerned, StepFailed(f"the engine failed in a step: {type(error).__name__}: {error}"))
 
