@@ -9,12 +9,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from deployments.front.tokenizer.base import Tokenizer, TokenizerError, Vocabulary
-from deployments.front.tokenizer.gguf_metadata import read_gguf_metadata
 from deployments.front.tokenizer.huggingface import HuggingFaceTokenizer
 from deployments.front.tokenizer.pieces import byte_level_piece
 from deployments.front.tokenizer.pre_tokenizer import pre_tokenizer_of
 from deployments.front.tokenizer.sentencepiece import MODEL_FORMAT, build_sentencepiece
 from deployments.front.tokenizer.settings import Settings
+from model.checkpoint.gguf_file import read_gguf
 
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
@@ -24,7 +24,7 @@ def open_gguf(path: Path) -> Tokenizer:
     """The tokenizer that a GGUF file carries. Raises TokenizerError for a kind that is not supported."""
     metadata = {
         key.removeprefix("tokenizer."): value
-        for key, value in read_gguf_metadata(path).items()
+        for key, value in read_gguf(path).metadata.items()
         if key.startswith("tokenizer.")
     }
     kind = metadata.get("ggml.model")

@@ -7,28 +7,20 @@ from deployments.front.tokenizer.gguf import open_gguf
 from deployments.front.tokenizer.huggingface import open_huggingface
 from deployments.front.tokenizer.sentencepiece import open_sentencepiece
 from deployments.front.tokenizer.tiktoken import open_tiktoken
-
-_HUB = "hf://"
-_HUB_FILES = ["tokenizer*", "special_tokens_map.json", "chat_template*", "config.json", "generation_config.json"]
+from model.checkpoint.errors import CheckpointError
+from model.checkpoint.hub import TOKENIZER_FILES, local_path
 
 
 def open_tokenizer(location: str) -> Tokenizer:
-    """The tokenizer at a GGUF file, a `tokenizer.json`, a `tokenizer.model`, a folder with one, or `hf://org/name`.
+    """The tokenizer at a GGUF file, a `tokenizer.json`, a `tokenizer.model`, a folder with one, or
+    `hf://org/name[@revision]`.
 
     Raises TokenizerError that names the location and what is wrong with it.
     """
-    if location.startswith(_HUB):
-        return _open(_download(location))
-    return _open(Path(location))
-
-
-def _download(location: str) -> Path:
-    from huggingface_hub import snapshot_download  # a fifth of a second that only these locations need
-
     try:
-        return Path(snapshot_download(location.removeprefix(_HUB), allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:  # the hub's HTTP errors are OSErrors, its name checks ValueErrors
-        raise TokenizerError(f"{location}: {error}") from error
+        return _open(local_path(location, TOKENIZER_FILES))
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
 
 
 def _open(path: Path) -> Tokenizer:

@@ -73,3 +73,29 @@ def test_another_magic_or_version_is_refused(path):
     path.write_bytes(content[:4] + (1).to_bytes(4, "little") + content[8:])
     with pytest.raises(CheckpointError, match="version 1"):
         read_gguf(path)
+
+
+def test_every_kind_of_setting_is_what_the_library_reads(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "all.gguf", "llama")
+    writer.add_string("text", "größer\n")
+    writer.add_array("strings", ["", "a", "é"])
+    writer.add_array("floats", [0.5, -1.0])
+    writer.add_array("numbers", [1, -2, 3])
+    for kind, value in {
+        "uint8": 255,
+        "int8": -1,
+        "uint16": 65535,
+        "int16": -2,
+        "uint32": 2**32 - 1,
+        "int32": -3,
+    }.items():
+        getattr(writer, f"add_{kind}")(kind, value)
+    for kind, value in {"uint64": 2**64 - 1, "int64": -4, "float32": 0.25, "float64": 0.1, "bool": True}.items():
+        getattr(writer, f"add_{kind}")(kind, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = gguf.GGUFReader(tmp_path / "all.gguf").fields
+    theirs = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    assert len(theirs) == 16
+    assert read_gguf(tmp_path / "all.gguf").metadata == theirs

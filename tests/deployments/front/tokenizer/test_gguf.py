@@ -13,7 +13,6 @@ from tokenizers import pre_tokenizers
 
 from deployments.front.chat_template import ChatTemplate
 from deployments.front.tokenizer import Tokenizer, TokenizerError, open_tokenizer
-from deployments.front.tokenizer.gguf_metadata import read_gguf_metadata
 
 
 @pytest.fixture(scope="module")
@@ -110,32 +109,6 @@ def byte_level_file(path: Path, **changes: Any) -> str:
     writer.write_kv_data_to_file()
     writer.close()
     return str(path)
-
-
-def test_metadata_equals_the_gguf_librarys(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "all.gguf", "llama")
-    writer.add_string("text", "größer\n")
-    writer.add_array("strings", ["", "a", "é"])
-    writer.add_array("floats", [0.5, -1.0])
-    writer.add_array("numbers", [1, -2, 3])
-    for kind, value in {
-        "uint8": 255,
-        "int8": -1,
-        "uint16": 65535,
-        "int16": -2,
-        "uint32": 2**32 - 1,
-        "int32": -3,
-    }.items():
-        getattr(writer, f"add_{kind}")(kind, value)
-    for kind, value in {"uint64": 2**64 - 1, "int64": -4, "float32": 0.25, "float64": 0.1, "bool": True}.items():
-        getattr(writer, f"add_{kind}")(kind, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    fields = gguf.GGUFReader(tmp_path / "all.gguf").fields
-    theirs = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
-    assert len(theirs) == 16
-    assert read_gguf_metadata(tmp_path / "all.gguf") == theirs
 
 
 def test_ends_are_written_as_the_file_says(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Which tokenizer a location is taken for."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from deployments.front.tokenizer import TokenizerError, open_tokenizer
 from deployments.front.tokenizer.huggingface import HuggingFaceTokenizer
@@ -32,3 +36,23 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_name_that_no_hub_can_have_is_refused() -> None:
     with pytest.raises(TokenizerError, match="hf://not a name"):
         open_tokenizer("hf://not a name")
+
+
+def test_a_repository_in_the_hubs_cache_is_opened(sentencepiece_model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "v2").write_text(commit)
+    shutil.copy(sentencepiece_model, snapshot / "tokenizer.model")
+    assert isinstance(open_tokenizer("hf://someone/small@v2"), SentencePieceTokenizer)
+    with pytest.raises(TokenizerError, match="not in the local cache"):
+        open_tokenizer("hf://someone/other")
+
+
+def test_no_torch_is_imported() -> None:
+    """A second and hundreds of megabytes that a front has no use for."""
+    check = "import sys, deployments.front.tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
