@@ -52,7 +52,8 @@ class Outbox:
 
     def __init__(self, address: Address) -> None:
         public_key, secret_key = zmq.curve_keypair()
-        self._socket: Any = zmq.Context.instance().socket(zmq.PUSH)
+        context: zmq.Context[Any] = zmq.Context.instance()
+        self._socket = context.socket(zmq.PUSH)
         self._socket.set_hwm(UNLIMITED)
         self._socket.linger = 1000
         self._socket.curve_serverkey = address.public_key

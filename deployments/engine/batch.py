@@ -44,22 +44,36 @@ class BatchBuilder:
         self._tokens = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64)
         self._positions = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64)
         self._tokens_np, self._positions_np = self._tokens.numpy(), self._positions.numpy()
-        self._rows = torch.arange(limits.max_num_batched_tokens + 1)
+        self._rows = torch.arange(slots)
         self._starts = torch.arange(slots + 1, dtype=torch.int32)
 
     def build(self, plan: Plan) -> StepBatch:
         """The step of `plan`: single tokens first, then longer chunks."""
-        chunks = [sequence for sequence, count in plan.items() if count > 1]
-        decodes = list(plan) if not chunks else [sequence for sequence, count in plan.items() if count == 1]
-        count = len(decodes)
-        self._tokens_np[:count] = [sequence.tokens[sequence.num_computed] for sequence in decodes]
-        self._positions_np[:count] = [sequence.num_computed for sequence in decodes]
-        if not chunks and all(sequence.num_pending == 1 and not sequence.wants_prompt_logprobs for sequence in decodes):
-            return self._batch(decodes, count, self._starts[: count + 1], self._rows[:count], decodes, [])
-        starts = list(range(count + 1))
-        for sequence in chunks:
+        sequences = list(plan)
+        if all(sequence.num_pending == 1 and not sequence.wants_prompt_logprobs for sequence in sequences):
+            return self._decodes(sequences)
+        sequences.sort(key=lambda sequence: plan[sequence] > 1)
+        starts = [0]
+        for sequence in sequences:
             starts.append(self._put(sequence, starts[-1], plan[sequence]))
-        return self._with_rows(plan, decodes + chunks, count, starts)
+        return self._chunks(plan, sequences, starts)
+
+    def _decodes(self, sequences: list[Sequence]) -> StepBatch:
+        """One token and one logit row each: a fixed number of array operations."""
+        count = len(sequences)
+        positions = self._positions_np[:count]
+        positions[:] = [sequence.num_computed for sequence in sequences]
+        self._tokens_np[:count] = [sequence.tokens[-1] for sequence in sequences]
+        paged = PagedBatch(
+            tokens=self._tokens[:count],
+            positions=self._positions[:count],
+            query_starts=self._starts[: count + 1],
+            context_lens=torch.from_numpy((positions + 1).astype(np.int32)),
+            block_tables=self._block_tables(sequences),
+            logit_rows=self._rows[:count],
+            num_decodes=count,
+        )
+        return StepBatch(paged, _sampling(sequences, []), sequences, [])
 
     def _put(self, sequence: Sequence, start: int, count: int) -> int:
         first, end = sequence.num_computed, start + count
@@ -67,7 +81,7 @@ class BatchBuilder:
         self._positions_np[start:end] = np.arange(first, first + count)
         return end
 
-    def _with_rows(self, plan: Plan, sequences: list[Sequence], num_decodes: int, starts: list[int]) -> StepBatch:
+    def _chunks(self, plan: Plan, sequences: list[Sequence], starts: list[int]) -> StepBatch:
         rows, sampled = [], []
         target_rows: list[int] = []
         targets: list[tuple[Sequence, int]] = []
@@ -79,26 +93,14 @@ class BatchBuilder:
                 wanted = _prompt_targets(sequence, plan[sequence])
                 target_rows += [start + position - 1 - sequence.num_computed for position in wanted]
                 targets += [(sequence, position) for position in wanted]
-        return self._batch(
-            sequences, num_decodes, torch.tensor(starts, dtype=torch.int32), torch.tensor(rows + target_rows,
-            dtype=torch.int64), sampled, targets,
-        )  # fmt: skip
-
-    def _batch(
-        self, sequences: list[Sequence], num_decodes: int, starts: Tensor, rows: Tensor, sampled: list[Sequence],
-        targets: list[tuple[Sequence, int]],
-    ) -> StepBatch:  # fmt: skip
-        num_tokens = int(starts[-1])
-        counts = starts[1:] - starts[:-1]
-        computed = torch.tensor([sequence.num_computed for sequence in sequences], dtype=torch.int32)
         paged = PagedBatch(
-            tokens=self._tokens[:num_tokens],
-            positions=self._positions[:num_tokens],
-            query_starts=starts,
-            context_lens=computed + counts,
+            tokens=self._tokens[: starts[-1]],
+            positions=self._positions[: starts[-1]],
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            context_lens=torch.tensor([s.num_computed + plan[s] for s in sequences], dtype=torch.int32),
             block_tables=self._block_tables(sequences),
-            logit_rows=rows,
-            num_decodes=num_decodes,
+            logit_rows=torch.tensor(rows + target_rows, dtype=torch.int64),
+            num_decodes=sum(plan[sequence] == 1 for sequence in sequences),
         )
         return StepBatch(paged, _sampling(sampled, targets), sampled, targets)
 

@@ -173,7 +173,7 @@ class StepLoop:
         executed = time.perf_counter()
         self._finish(step, postprocess(self._scheduler, plan, step, sampled))
         overhead = time.perf_counter() - executed + built - begun
-        self._metrics.step(int(step.paged.query_starts[-1]), executed - built, overhead)
+        self._metrics.step(len(step.paged.tokens), executed - built, overhead)
 
     def _finish(self, step: StepBatch, outputs: Outputs) -> None:
         self._mailing.send(outputs.deltas)

@@ -79,7 +79,8 @@ def test_uniform_depends_on_seed_choice_and_position_and_is_uniform() -> None:
     zero, count = np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64)
     draws = [uniform(count, zero, zero), uniform(zero, count, zero), uniform(zero, zero, count)]
     for draw in draws:
-        assert 0 <= draw.min() and draw.max() < 1
+        assert draw.min() >= 0
+        assert draw.max() < 1
         assert len(np.unique(draw)) == n
         assert np.histogram(draw, 10, (0, 1))[0] == pytest.approx(n / 10, abs=200)
     assert abs(np.corrcoef(draws)[0, 1]) < 0.05
