@@ -110,19 +110,26 @@ def _choose(rows: NDArray[np.float32], batch: SamplingBatch) -> list[int]:
 
 
 def _draw(logits: NDArray[np.float32], random: RandomRows) -> list[int]:
-    rows = logits if len(random.rows) == len(logits) else logits[random.rows]
-    scaled = torch.from_numpy(rows) / torch.from_numpy(random.temperature)[:, None]
-    probabilities = torch.softmax(scaled, dim=-1).numpy()
     numbers = uniform(random.seed, random.choice, random.position)
     filtered = (random.top_k > 0) | (random.top_p < 1) | (random.min_p > 0)
+    # One row at a time, in memory that stays in the CPU's cache.
+    weights = np.empty(logits.shape[1], np.float32)
     chosen = []
-    for row, number in enumerate(numbers):
-        if filtered[row]:
-            likely = _likely(probabilities[row], int(random.top_k[row]), random.top_p[row], random.min_p[row])
-            chosen.append(int(likely[_invert(probabilities[row, likely], number)]))
+    for place, (row, number) in enumerate(zip(random.rows, numbers, strict=True)):
+        _weigh(logits[row], random.temperature[place], weights)
+        if filtered[place]:
+            likely = _likely(weights, int(random.top_k[place]), random.top_p[place], random.min_p[place])
+            chosen.append(int(likely[_invert(weights[likely], number)]))
         else:
-            chosen.append(_invert_long(probabilities[row], number))
+            chosen.append(_invert_long(weights, number))
     return chosen
+
+
+def _weigh(logits: NDArray[np.float32], temperature: np.float32, weights: NDArray[np.float32]) -> None:
+    """Probabilities up to a factor, the largest 1, into `weights`."""
+    np.subtract(logits, logits.max(), out=weights)
+    np.divide(weights, temperature, out=weights)
+    np.exp(weights, out=weights)
 
 
 def _invert(weights: NDArray[np.float32], number: float) -> int:
@@ -144,23 +151,33 @@ def _invert_long(weights: NDArray[np.float32], number: float) -> int:
     return start + _invert(weights[start : start + SEGMENT], min(max(within, 0.0), 1.0))
 
 
-def _likely(probabilities: NDArray[np.float32], top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
+def _likely(weights: NDArray[np.float32], top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
     """Tokens that pass all filters, the likeliest first; equal ones by id.
 
     As in vLLM: min-p first, then top-k, then top-p over what is left; at least one token passes.
+    weights: as from `_weigh`.
     """
-    bound = min_p * float(probabilities.max())
-    if 0 < top_k < len(probabilities):
-        tokens = _descending(probabilities, max(bound, _kth_bound(probabilities, top_k)))[:top_k]
-        total = float(probabilities[tokens].sum(dtype=np.float64))
+    bound = min_p  # the largest weight is 1
+    if 0 < top_k < len(weights):
+        tokens = _descending(weights, max(bound, _kth_bound(weights, top_k)))[:top_k]
+        total = float(weights[tokens].sum(dtype=np.float64))
     else:
-        total = float(probabilities[probabilities >= bound].sum(dtype=np.float64))
-        # All tokens below this bound together have less than the share that top-p cuts off.
-        tokens = _descending(probabilities, max(bound, 0.999 * (1 - top_p) * total / len(probabilities)))
+        total = float(weights[weights >= bound].sum(dtype=np.float64))
+        tokens = _descending(weights, max(bound, _mass_bound(weights, top_p * total)))
     if top_p >= 1:
         return tokens
-    cumulated = np.cumsum(probabilities[tokens], dtype=np.float64)
+    cumulated = np.cumsum(weights[tokens], dtype=np.float64)
     return tokens[: int(np.searchsorted(cumulated, top_p * total, side="left")) + 1]
+
+
+def _mass_bound(weights: NDArray[np.float32], mass: float) -> float:
+    """A value such that the `weights` not below it have at least `mass` together, few of them if it can be."""
+    bound = 0.1
+    while bound > 1e-9:
+        if float(weights[weights >= bound].sum(dtype=np.float64)) > mass:
+            return bound
+        bound *= 0.1
+    return 0.0
 
 
 def _kth_bound(values: NDArray[np.float32], k: int) -> float:
