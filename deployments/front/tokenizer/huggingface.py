@@ -26,6 +26,10 @@ class HuggingFaceTokenizer(Tokenizer):
         backend = self._backend if parse_special else self._plain
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def save(self, path: Path) -> None:
+        """Writes it as a `tokenizer.json`. Chat template and ends of an answer are not part of that."""
+        self._backend.save(str(path))
+
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """A copy that reads special tokens as text: the switch is a state of the whole tokenizer, not of a call."""
