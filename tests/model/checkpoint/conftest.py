@@ -130,8 +130,8 @@ def llama4_folder(tmp_path):
         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 96,
         "max_position_embeddings": 64, "num_local_experts": 4, "interleave_moe_layer_step": 2, "pad_token_id": None,
     }  # fmt: skip
-    randomized(Llama4ForCausalLM(Llama4TextConfig(**settings)), 1).save_pretrained(tmp_path)
-    return tmp_path
+    randomized(Llama4ForCausalLM(Llama4TextConfig(**settings)), 1).save_pretrained(tmp_path / "llama4")
+    return tmp_path / "llama4"
 
 
 @pytest.fixture
@@ -140,8 +140,8 @@ def mixtral_folder(tmp_path):
         "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "vocab_size": 96, "max_position_embeddings": 64, "num_local_experts": 4,
     }  # fmt: skip
-    randomized(MixtralForCausalLM(MixtralConfig(**settings)), 1).save_pretrained(tmp_path)
-    return tmp_path
+    randomized(MixtralForCausalLM(MixtralConfig(**settings)), 1).save_pretrained(tmp_path / "mixtral")
+    return tmp_path / "mixtral"
 
 
 IMAGE_TOKEN = 7
