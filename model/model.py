@@ -68,6 +68,7 @@ class LLM(nn.Module):
         self.rope = RotaryEmbedding(args)
         self.cache: ContiguousCache | None = None
         if args.vision_args is not None:
+            split(args.dim, "dim")
             self.vision_embeddings = VisionEmbeddings(args.vision_args)
             self.vision_projection = column_parallel(args.vision_args.output_dim, args.dim, gather=True)
         self.register_load_state_dict_pre_hook(load_hooks.drop_leftovers)
@@ -112,6 +113,7 @@ class LLM(nn.Module):
     def embed_tiles(self, tiles: Tensor) -> Tensor:
         """Tiles as the front cuts them, to `PagedBatch.image_embeddings`.
 
+        Give one image at a time: in company its embeddings may differ in their last bits.
         tiles: uint8 [num_tiles, 3, height, width] -> [num_tiles, tokens_per_tile, dim].
         """
         self._check_vision()

@@ -12,7 +12,9 @@ from torch import nn
 from model import LLM, ModelArgs, TransformerInput
 from model.args import MoEArgs, Size, VisionArgs
 from model.datatypes import MaskedEmbedding, PagedBatch
+from model.kernels import cpu
 from model.kv_cache import PagedCache
+from model.packed import PackedCache, can_pack, pack
 from model.vision import VisionEmbeddings
 from model.vision.embedding import pixel_shuffle
 from model.vision.encoder import VisionEncoder
@@ -224,6 +226,30 @@ def test_paged_steps_with_an_image_equal_the_plain_forward(model):
 
 def with_images(batch: PagedBatch, image_rows: range, embeddings: torch.Tensor) -> PagedBatch:
     return replace(batch, image_rows=torch.tensor(image_rows), image_embeddings=embeddings)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="needs a CPU with AVX512-BF16 and a C++ compiler")
+def test_a_packed_model_sees_images():
+    torch.manual_seed(0)
+    model = LLM(draw(5).model_copy(update={"moe_args": None, "ffn_hidden_dim": 160})).requires_grad_(False)
+    args = model.args.vision_args
+    tiles = torch.randint(0, 256, (1, 3, args.image_size.height, args.image_size.width), dtype=torch.uint8)
+    tokens, mask = tokens_with_places(model.args, [[1]])
+    seen = model.vision_embeddings([[normalize_pixels(tiles)]], mask, model.tok_embeddings(tokens))
+    expected = model(TransformerInput(tokens, 0, MaskedEmbedding(seen, mask))).logits[0]
+
+    model.bfloat16()
+    assert can_pack(model.args, torch.bfloat16, 16)
+    rows = model.embed_tiles(tiles).flatten(0, 1)
+    pack(model)
+    pages = Pages(sequences=1, length=tokens.shape[1], block_size=16)
+    cache = PackedCache(model.args, model.args.kv_heads, pages.num_blocks, 16, torch.bfloat16)
+    batch = pages.batch([(0, 0, tokens[0])])
+    plain = model.step(batch, cache)
+    got = model.step(with_images(batch, range(2, 2 + len(rows)), rows), cache)
+    scale = expected.abs().max()
+    torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=0.05)
+    assert (plain - expected).abs().max() > 0.2 * scale  # without the image it is another prompt
 
 
 def test_rotary_tables_stay_float32_in_a_bfloat16_model(model):

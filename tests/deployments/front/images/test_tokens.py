@@ -27,6 +27,7 @@ DIALOGUES = [
         ("assistant", "Smaller."),
         ("user", "Why? 😀"),
     ],
+    [("user", "Take a photograph"), ("assistant", "Click."), ("tool", [TALL, "12:00"]), ("user", "What is on it?")],
     [("user", "No image at all")],
 ]
 
@@ -59,7 +60,8 @@ def rendered(dialogue) -> str:
     for role, content in dialogue:
         parts = [content] if isinstance(content, str) else content
         shown = "".join("<|image|>" if isinstance(part, bytes) else part for part in parts)
-        text += f"<|header_start|>{role}<|header_end|>\n\n{shown}<|eot|>"
+        name, end = ("ipython", "<|eom|>") if role == "tool" else (role, "<|eot|>")
+        text += f"<|header_start|>{name}<|header_end|>\n\n{shown}{end}"
     return text + "<|header_start|>assistant<|header_end|>\n\n"
 
 
@@ -71,7 +73,12 @@ def test_prompts_equal_metas(dialogue, theirs, tokenizer, tokens):
         return RawMediaItem(data=part) if isinstance(part, bytes) else RawTextItem(text=part)
 
     raw = [
-        RawMessage(role=role, content=content if isinstance(content, str) else [item(part) for part in content])
+        RawMessage(
+            role=role,
+            content=content if isinstance(content, str) else [item(part) for part in content],
+            call_id="1",
+            tool_name="camera",
+        )
         for role, content in dialogue
     ]
     expected = theirs.encode_dialog_prompt(raw)
