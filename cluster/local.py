@@ -116,6 +116,6 @@ def _start_head(directory: Path, num_cpus: int | None) -> Any:
         temp_dir=str(directory),
         dashboard_agent_listen_port=0,
         no_monitor=True,
-        include_log_monitor=False,
     )
+    parameters.include_log_monitor = False
     return Head(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)

@@ -4,9 +4,10 @@ import logging
 import os
 import time
 
+import numpy as np
 import psutil
 import torch
-from model.sampling import SampledTokens, SamplingBatch, sample
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model import LLM, ModelArgs
@@ -14,6 +15,7 @@ from model.checkpoint import open_checkpoint
 from model.datatypes import PagedBatch
 from model.kv_cache import PagedCache
 from model.packed import PackedCache, can_pack, pack
+from model.sampling import SampledTokens, SamplingBatch, sample
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +47,11 @@ class Shard:
         torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
         started = time.monotonic()
         checkpoint = open_checkpoint(path)
-        self.args = checkpoint.args
-        self.max_model_len = _model_len(max_model_len, self.args.max_seq_len)
+        self.max_model_len = _model_len(max_model_len, checkpoint.args.max_seq_len)
+        # Rotary tables are as long as what is served, not as Llama 4's ten million positions.
+        self.args = checkpoint.args.model_copy(update={"max_seq_len": self.max_model_len})
         self.dtype: torch.dtype = getattr(torch, dtype)
-        model = _empty_model(checkpoint.args, self.dtype)
+        model = _empty_model(self.args, self.dtype)
         checkpoint.load_into(model)
         packed = can_pack(self.args, self.dtype, block_size)
         self._model = pack(model) if packed else model
@@ -87,8 +90,18 @@ class Shard:
         """float [num_rows, vocab_size] of the rows that `batch` asks for."""
         return self._model.step(batch, self._cache)
 
+    def encode_image(self, tiles: NDArray[np.uint8]) -> Tensor:
+        """The embeddings of one image, for `PagedBatch.image_embeddings`; the same in any company.
+
+        tiles: uint8 [num_tiles, 3, height, width], as the front cuts them -> [num_tiles * tokens_per_tile, dim].
+        """
+        return self._model.embed_tiles(torch.tensor(tiles)).flatten(0, 1)
+
     def _warm_up(self) -> None:
         """Touches every weight once, so that the first request does not pay for it."""
+        if self.args.vision_args is not None:
+            size = self.args.vision_args.image_size
+            self.encode_image(np.zeros((1, 3, size.height, size.width), np.uint8))
         length = min(self.block_size, self.max_model_len)
         self.logits(
             PagedBatch(

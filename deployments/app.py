@@ -2,16 +2,19 @@
 
 from typing import Any
 
+from ray import serve
 from ray.serve import Application
 
 from deployments.config import ModelConfig, read
-from deployments.engine.deployment import Engine
 from deployments.front.deployment import Front
+
+ENGINE: Any = "deployments.engine.deployment.Engine"
+"""By name, so that building the application does not wait for torch; the replica imports it."""
 
 UNLIMITED = 1_000_000
 """Serve queues nothing out of sight: the engine admits or answers 429."""
 
-HEALTH = {"health_check_period_s": 5.0, "health_check_timeout_s": 15.0}
+HEALTH: dict[str, Any] = {"health_check_period_s": 5.0, "health_check_timeout_s": 15.0}
 DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
 
@@ -22,16 +25,17 @@ def build(args: dict[str, Any]) -> Application:
     Everything here is a default: the YAML's `deployments` may say otherwise.
     """
     config = read(args)
-    front = Front.options(graceful_shutdown_timeout_s=DRAIN_SECONDS, **HEALTH, ray_actor_options={"num_cpus": 0.5})
-    return front.bind(config, {model.id: _engine(model) for model in config.models})
+    front: Any = Front
+    options = {"graceful_shutdown_timeout_s": DRAIN_SECONDS, "ray_actor_options": {"num_cpus": 0.5}}
+    return front.options(**options, **HEALTH).bind(config, {model.id: _engine(model) for model in config.models})
 
 
 def _engine(model: ModelConfig) -> Application:
-    deployment = Engine.options(
+    deployment: Any = serve.deployment(
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        **HEALTH,
         ray_actor_options={"num_cpus": 1},
+        **HEALTH,
     )
-    return deployment.bind(model)
+    return deployment(ENGINE).bind(model)

@@ -221,7 +221,7 @@ def _free_port(preferred: int) -> int:
 
 def _holder(port: int) -> str:
     for connection in psutil.net_connections("tcp"):
-        listens = connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
         if listens and connection.pid:
             return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return ""

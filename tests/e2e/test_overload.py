@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
@@ -10,6 +10,15 @@ import pytest
 from tests.e2e.conftest import metric, model_id
 
 STREAMS, OUTPUT_TOKENS, KV_TOKENS = 64, 256, 4000
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Lines end with a newline only; httpx's own `aiter_lines` also ends them at U+2028 and its like in the text."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode()
 
 
 async def _stream(client: httpx.AsyncClient, model: str, number: int) -> tuple[int, int, str]:
@@ -27,7 +36,7 @@ async def _stream(client: httpx.AsyncClient, model: str, number: int) -> tuple[i
     counted, usage, reason, ended = 0, 0, "", False
     async with client.stream("POST", "/v1/completions", json=request) as response:
         assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
+        async for line in _lines(response):
             if line == "data: [DONE]":
                 ended = True
             elif line.startswith("data: "):

@@ -1,4 +1,7 @@
-"""Through HTTP, fp32: 32 prompts x 64 greedy tokens are token for token those of transformers."""
+"""Through HTTP, fp32: 32 prompts x 64 greedy tokens are token for token those of transformers.
+
+Prompts are sent as token ids: transformers' own GGUF tokenizer cuts digits as GPT-2 does, not as SmolLM2 does.
+"""
 
 import asyncio
 
@@ -8,7 +11,7 @@ import pytest
 from tests.oracle.conftest import OUTPUT_TOKENS, Continuation
 
 
-async def _complete(client: httpx.AsyncClient, model: str, prompt: str) -> dict[str, object]:
+async def _complete(client: httpx.AsyncClient, model: str, prompt: list[int]) -> dict[str, object]:
     request = {
         "model": model,
         "prompt": prompt,
@@ -26,7 +29,7 @@ async def _complete(client: httpx.AsyncClient, model: str, prompt: str) -> dict[
 async def test_greedy_tokens_are_those_of_transformers(fp32_stack: str, continuations: list[Continuation]) -> None:
     async with httpx.AsyncClient(base_url=fp32_stack, timeout=300) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        answers = await asyncio.gather(*(_complete(client, model, known.prompt) for known in continuations))
+        answers = await asyncio.gather(*(_complete(client, model, known.prompt_ids) for known in continuations))
     wrong = [
         (known.prompt, known.output_ids, answer["token_ids"])
         for known, answer in zip(continuations, answers, strict=True)
