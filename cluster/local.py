@@ -117,5 +117,5 @@ def _start_head(directory: Path, num_cpus: int | None) -> Any:
         dashboard_agent_listen_port=0,
         no_monitor=True,
     )
-    parameters.include_log_monitor = False
+    parameters.include_log_monitor = False  # type: ignore[assignment]  # Ray annotates a flag as a string
     return Head(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)

@@ -4,7 +4,6 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 
-
 SETTINGS = settings(
     max_examples=25,
     deadline=None,
