@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from cluster.processes import VARIABLE, end, of_run
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def test_ends_those_marked_or_writing_into_the_directory_and_no_other(tmp_path: Path) -> None:
+    python = [sys.executable, "-c"]
+    marked = subprocess.Popen([*python, SLEEP], env=os.environ | {VARIABLE: str(tmp_path)})
+    with (tmp_path / "log").open("wb") as log:
+        writing = subprocess.Popen([*python, SLEEP], stdout=log)
+    with (tmp_path / "log").open("rb") as log:
+        reading = subprocess.Popen([*python, SLEEP], stdin=log)
+    other = subprocess.Popen([*python, SLEEP], env=os.environ | {VARIABLE: f"{tmp_path}-other"})
+    try:
+        assert {process.pid for process in of_run(tmp_path)} == {marked.pid, writing.pid}
+        end(tmp_path)
+        assert not psutil.pid_exists(marked.pid)
+        assert not psutil.pid_exists(writing.pid)
+        assert reading.poll() is None
+        assert other.poll() is None
+        assert not of_run(tmp_path)
+    finally:
+        for process in (marked, writing, reading, other):
+            process.kill()
+            process.wait()
+
+
+def test_the_stubborn_are_killed(tmp_path: Path) -> None:
+    ignore = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); {SLEEP}"
+    environment = os.environ | {VARIABLE: str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", ignore], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    end(tmp_path, grace_s=0.2)
+    assert not psutil.pid_exists(process.pid)
+    process.wait()
+    process.stdout.close()

@@ -1,0 +1,36 @@
+import pytest
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.demand import DoesNotFit, check, demands
+
+
+def config(*deployments: dict[str, object]) -> ServeDeploySchema:
+    application = {
+        "name": "moray",
+        "import_path": "deployments.app:build",
+        "args": {"models": [{"id": "m", "path": "x"}]},
+        "deployments": list(deployments),
+    }
+    return ServeDeploySchema.model_validate({"applications": [application]})
+
+
+def test_replicas_and_what_the_yaml_leaves_out_count() -> None:
+    two_engines = config({"name": "engine-m", "num_replicas": 2, "ray_actor_options": {"num_cpus": 1.5}})
+    assert demands(two_engines) == {"engine-m": {"CPU": 3.0}, "front": {"CPU": 0.5}}
+    autoscaled = config({"name": "engine-m", "autoscaling_config": {"min_replicas": 3, "max_replicas": 5}})
+    assert demands(autoscaled)["engine-m"] == {"CPU": 3}
+
+
+def test_what_fits_exactly_passes() -> None:
+    check(config(), {"CPU": 1.5})
+
+
+def test_the_message_names_who_asks_for_what() -> None:
+    with pytest.raises(DoesNotFit, match=r"need 1\.5 CPU \(.*front 0\.5.*\)") as error:
+        check(config(), {"CPU": 1})
+    assert "this machine has 1." in str(error.value)
+
+
+def test_other_resources_count_too() -> None:
+    with pytest.raises(DoesNotFit, match="need 1 GPU"):
+        check(config({"name": "engine-m", "ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}), {"CPU": 8})
