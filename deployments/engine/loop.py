@@ -182,8 +182,9 @@ class StepLoop:
             self._metrics.first_output(sequence)
         for sequence in outputs.finished:
             self._metrics.finished(sequence)
-            entry = self._requests[sequence.request.request_id]
-            if all(choice.status is Status.FINISHED for choice in entry.choices):
+            # The last choices of a request may end in the same step: its first one here ends it.
+            entry = self._requests.get(sequence.request.request_id)
+            if entry is not None and all(choice.status is Status.FINISHED for choice in entry.choices):
                 del self._requests[sequence.request.request_id]
                 self._count_finish()
                 entry.done(None)

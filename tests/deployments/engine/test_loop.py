@@ -106,6 +106,22 @@ async def test_choices_share_the_prompt(start: Callable, request_of: Callable, c
     assert front.cached == {("r", 0): 0, ("r", 1): 96, ("r", 2): 96, ("r", 3): 96}
 
 
+async def test_choices_that_end_in_one_step_fail_nobody(
+    start: Callable, request_of: Callable, completion_of: Callable
+) -> None:
+    """The second choice to end once found its request gone, and took the whole step down with it."""
+    front = start()
+    address = front.inbox.address
+    many, other = request_of("many", [1, 2, 3], 20, n=4, to=address), request_of("other", [4, 5], 60, to=address)
+    await asyncio.gather(front.engine.generate(many), front.engine.generate(other))
+    await front.until(lambda: front.last["other", 0].finish_reason is not None)
+    assert front.outputs["other", 0] == completion_of([4, 5], 60)
+    assert front.engine._loop._consecutive_failures == 0
+    failures = [f for f in front.engine.metrics() if "fail" in f.name]
+    assert failures
+    assert all(series.value == 0 for family in failures for series in family.series)
+
+
 async def test_cancelling_frees_the_blocks_and_nothing_more_is_sent(start: Callable, request_of: Callable) -> None:
     front = start()
     task = asyncio.create_task(front.engine.generate(request_of("r", [1] * 40, 2000, n=2, to=front.inbox.address)))
