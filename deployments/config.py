@@ -43,6 +43,8 @@ class EngineConfig(_Config):
     """Bytes for keys and values ("512MiB"); `None` takes `kv_cache_memory_share` of what is free."""
     kv_cache_memory_share: float = Field(default=0.25, gt=0, lt=1)
     enable_prefix_caching: bool = True
+    image_cache_memory: ByteSize = ByteSize(256 * 2**20)
+    """Bytes for the embeddings of images used last, so that a conversation does not encode one twice."""
     max_waiting_requests: int = Field(default=512, ge=0)
     """Requests that may wait beyond those that run; one more is answered 429."""
     num_threads: int | None = Field(default=None, gt=0)
@@ -60,7 +62,23 @@ class ModelConfig(_Config):
     """Where the tokenizer is, if not with the checkpoint."""
     chat_template: str | None = None
     """Path of a jinja2 template that replaces the checkpoint's."""
+    max_image_tiles: int = Field(default=16, gt=0)
+    """Most tiles that an image is cut into, the one that shows all of it not counted; as the model was trained."""
     engine: EngineConfig = EngineConfig()
+
+
+class ImageConfig(_Config):
+    """Which images of requests are read, for models that see."""
+
+    max_per_request: int = Field(default=10, gt=0)
+    max_bytes: ByteSize = ByteSize(20 * 2**20)
+    """Of one encoded image; `data:` URLs are part of the body, and so within its size too."""
+    max_pixels: int = Field(default=50_000_000, gt=0)
+    """Of one image, width times height, before it is resized."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that `http(s)` URLs may name: "example.com", "*.example.com", "*" for any. None: `data:` URLs only.
+    Private addresses are never fetched from."""
+    fetch_timeout_s: float = Field(default=10.0, gt=0)
 
 
 class FrontConfig(_Config):
@@ -73,6 +91,7 @@ class FrontConfig(_Config):
     max_logprobs: int = Field(default=20, ge=0)
     max_choices: int = Field(default=128, gt=0)
     """Largest `n`."""
+    images: ImageConfig = ImageConfig()
 
 
 class AppConfig(_Config):

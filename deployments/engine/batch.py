@@ -4,15 +4,20 @@ Block tables live in one array from step to step, a row for each running sequenc
 only new blocks are written; a decode step is built with a fixed number of array operations.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.images import parts_within
 from deployments.engine.scheduler import Limits, Plan
 from deployments.engine.sequence import Sequence
 from model.datatypes import PagedBatch
 from model.penalties import Adjustment
 from model.sampling import RandomRows, SamplingBatch
+
+NO_IMAGES: Mapping[str, Tensor] = {}
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy, as in vLLM."""
@@ -48,8 +53,11 @@ class BatchBuilder:
         self._rows = torch.arange(slots)
         self._starts = torch.arange(slots + 1, dtype=torch.int32)
 
-    def build(self, plan: Plan) -> StepBatch:
-        """The step of `plan`: single tokens first, then longer chunks."""
+    def build(self, plan: Plan, images: Mapping[str, Tensor] = NO_IMAGES) -> StepBatch:
+        """The step of `plan`: single tokens first, then longer chunks.
+
+        images: embeddings [patches, dim] by digest, of every image that the plan's tokens stand for.
+        """
         sequences = list(plan)
         if all(sequence.num_pending == 1 and not sequence.wants_prompt_logprobs for sequence in sequences):
             return self._decodes(sequences)
@@ -57,7 +65,7 @@ class BatchBuilder:
         starts = [0]
         for sequence in sequences:
             starts.append(self._put(sequence, starts[-1], plan[sequence]))
-        return self._chunks(plan, sequences, starts)
+        return self._chunks(plan, sequences, starts, images)
 
     def _decodes(self, sequences: list[Sequence]) -> StepBatch:
         """One token and one logit row each: a fixed number of array operations."""
@@ -91,7 +99,9 @@ class BatchBuilder:
         self._positions_np[start:end] = np.arange(first, first + count)
         return end
 
-    def _chunks(self, plan: Plan, sequences: list[Sequence], starts: list[int]) -> StepBatch:
+    def _chunks(
+        self, plan: Plan, sequences: list[Sequence], starts: list[int], images: Mapping[str, Tensor]
+    ) -> StepBatch:
         rows, sampled = [], []
         target_rows: list[int] = []
         targets: list[tuple[Sequence, int]] = []
@@ -103,6 +113,7 @@ class BatchBuilder:
                 wanted = _prompt_targets(sequence, plan[sequence])
                 target_rows += [start + position - 1 - sequence.num_computed for position in wanted]
                 targets += [(sequence, position) for position in wanted]
+        image_rows, image_embeddings = _image_rows(plan, sequences, starts, images) if images else (None, None)
         paged = PagedBatch(
             tokens=self._tokens[: starts[-1]],
             positions=self._positions[: starts[-1]],
@@ -111,6 +122,8 @@ class BatchBuilder:
             block_tables=self._block_tables(sequences),
             logit_rows=torch.tensor(rows + target_rows, dtype=torch.int64),
             num_decodes=sum(plan[sequence] == 1 for sequence in sequences),
+            image_rows=image_rows,
+            image_embeddings=image_embeddings,
         )
         return StepBatch(paged, _sampling(sampled, targets), sampled, targets)
 
@@ -126,6 +139,18 @@ class BatchBuilder:
                 sequence.num_tabled = length
             width = max(width, length)
         return torch.from_numpy(tables[[sequence.slot for sequence in sequences], :width])
+
+
+def _image_rows(
+    plan: Plan, sequences: list[Sequence], starts: list[int], images: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Which rows of the step are of images, and their embeddings; a chunk may hold a part of an image."""
+    rows, embeddings = [], []
+    for sequence, start in zip(sequences, starts, strict=False):
+        for image, part in parts_within(sequence, plan[sequence]):
+            rows.append(image.patches[part] - sequence.num_computed + start)
+            embeddings.append(images[image.digest][part])
+    return torch.from_numpy(np.concatenate(rows)), torch.cat(embeddings)
 
 
 def _prompt_targets(sequence: Sequence, count: int) -> range:

@@ -17,9 +17,10 @@ from deployments.config import ModelConfig
 from deployments.engine.blocks import BlockPool
 from deployments.engine.loop import StepLoop
 from deployments.engine.metrics import EngineMetrics
-from deployments.engine.request import EngineDescription, EngineRequest
+from deployments.engine.request import EngineDescription, EngineRequest, VisionDescription
 from deployments.engine.scheduler import Limits, Scheduler
 from deployments.metrics import Snapshot
+from model.args import VisionArgs
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,13 @@ class Engine:
             num_kv_tokens=self._shard.num_blocks * limits.block_size,
             max_num_seqs=scheduler.max_running,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            vision=_vision(self._shard.args.vision_args),
         )
         self._metrics = EngineMetrics(config.id, _replica_id(), scheduler)
-        self._loop = StepLoop(self._shard, scheduler, self._metrics, engine.max_waiting_requests)
+        self._loop = StepLoop(
+            self._shard, scheduler, self._metrics, engine.max_waiting_requests,
+            self._description.vision, engine.image_cache_memory,
+        )  # fmt: skip
         # The model's objects stay: the collector need not walk them, which would pause a step.
         gc.collect()
         gc.freeze()
@@ -107,6 +112,15 @@ def _load(config: ModelConfig) -> Shard:
         kv_cache_memory_share=engine.kv_cache_memory_share,
         num_threads=engine.num_threads,
     )
+
+
+def _vision(args: VisionArgs | None) -> VisionDescription | None:
+    if args is None:
+        return None
+    size = args.image_size
+    if size.height != size.width:
+        raise ValueError(f"tiles must be square to be served, the model's are {size.height} by {size.width}")
+    return VisionDescription(size.width, args.tokens_per_tile)
 
 
 def _replica_id() -> str:

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from deployments.engine.batch import BatchBuilder, StepBatch
+from deployments.engine.images import EncodedImages, check_images
 from deployments.engine.mailing import Mailing
 from deployments.engine.metrics import EngineMetrics
 from deployments.engine.postprocess import Outputs, postprocess
-from deployments.engine.request import EngineRequest, QueueFull, StepFailed
+from deployments.engine.request import EngineRequest, QueueFull, StepFailed, VisionDescription
 from deployments.engine.scheduler import Plan, Scheduler
 from deployments.engine.sequence import Sequence, Status
 from model.datatypes import PagedBatch
@@ -38,6 +43,8 @@ class Executor(Protocol):
 
     def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens: ...
 
+    def encode_image(self, tiles: NDArray[np.uint8]) -> Tensor: ...
+
 
 @dataclass
 class _Request:
@@ -50,10 +57,17 @@ class StepLoop:
     """Runs the requests of one engine. `submit` and `abort` may be called from any thread."""
 
     def __init__(
-        self, executor: Executor, scheduler: Scheduler, metrics: EngineMetrics, max_waiting_requests: int
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        metrics: EngineMetrics,
+        max_waiting_requests: int,
+        vision: VisionDescription | None = None,
+        image_cache_bytes: int = 0,
     ) -> None:
         self._executor, self._scheduler, self._metrics = executor, scheduler, metrics
-        self._max_waiting = max_waiting_requests
+        self._max_waiting, self._vision = max_waiting_requests, vision
+        self._images = EncodedImages(executor.encode_image, image_cache_bytes, metrics)
         self._batches, self._mailing = BatchBuilder(scheduler.limits), Mailing()
         self._wake = threading.Condition()
         self._arriving: list[_Request] = []
@@ -86,8 +100,9 @@ class StepLoop:
         return None
 
     def submit(self, request: EngineRequest, done: Done) -> None:
-        """Queues `request`. Raises QueueFull, RequestTooLong, or ValueError for an id in use."""
+        """Queues `request`. Raises QueueFull, RequestTooLong, or ValueError: an id in use, images that do not fit."""
         self._scheduler.check(request)
+        check_images(request, self._vision)
         with self._wake:
             if self._stopping:
                 raise StepFailed("the engine is shutting down")
@@ -136,6 +151,7 @@ class StepLoop:
     def _admit(self, entry: _Request) -> None:
         try:
             entry.choices = self._scheduler.add(entry.request)
+            self._metrics.images.inc(len(entry.request.images))
         except Exception as error:
             self._fail([entry], error)
 
@@ -164,7 +180,9 @@ class StepLoop:
 
     def _step(self, plan: Plan) -> None:
         begun = time.perf_counter()
-        step = self._batches.build(plan)
+        images = self._images.needed(plan)
+        encoded = time.perf_counter()
+        step = self._batches.build(plan, images)
         for sequence in plan:
             if not sequence.started:
                 self._metrics.started(sequence)
@@ -172,8 +190,8 @@ class StepLoop:
         sampled = self._executor.step(step.paged, step.sampling)
         executed = time.perf_counter()
         self._finish(step, postprocess(self._scheduler, plan, step, sampled))
-        overhead = time.perf_counter() - executed + built - begun
-        self._metrics.step(len(step.paged.tokens), executed - built, overhead)
+        overhead = time.perf_counter() - executed + built - encoded
+        self._metrics.step(len(step.paged.tokens), executed - built + encoded - begun, overhead)
 
     def _finish(self, step: StepBatch, outputs: Outputs) -> None:
         self._mailing.send(outputs.deltas)

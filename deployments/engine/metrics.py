@@ -35,6 +35,11 @@ class EngineMetrics:
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Number of generation tokens processed.")
         self.failed_steps = self._counter("moray:failed_steps", "Number of engine steps that raised.")
+        self.images = self._counter("moray:images", "Number of images in requests.")
+        self.image_cache_hits = self._counter(
+            "moray:image_cache_hits", "Number of images that were not encoded, since their embeddings were kept."
+        )
+        self.image_encode = self._histogram("moray:image_encode_seconds", "Time of encoding an image.", STEP)
         self._queue = self._latency("request_queue", "time spent in WAITING phase for request")
         self._prefill = self._latency("request_prefill", "time spent in PREFILL phase for request")
         self._decode = self._latency("request_decode", "time spent in DECODE phase for request")

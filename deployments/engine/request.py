@@ -7,6 +7,8 @@ channel, one `StepMessage` for each front and step, as msgpack.
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.channel import Address
 
@@ -39,15 +41,31 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class PromptImage:
+    """One image of a prompt, cut into tiles.
+
+    tiles: uint8 [num_tiles, 3, height, width].
+    patches: int64, positions in the prompt of the tokens that stand for it: ascending, in the order of
+      the tiles' embeddings.
+    digest: names the tiles; equal digests mean equal tiles.
+    """
+
+    tiles: NDArray[np.uint8]
+    patches: NDArray[np.int64]
+    digest: str
+
+
 @dataclass(frozen=True)
 class EngineRequest:
-    """One prompt and its `n` choices. `request_id` is unique over the cluster."""
+    """One prompt and its `n` choices. `request_id` is unique over the cluster; `images` are in the prompt's order."""
 
     request_id: str
     prompt: list[int]
     sampling: SamplingParams
     reply_to: Address
     n: int = 1
+    images: tuple[PromptImage, ...] = ()
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
@@ -87,8 +105,19 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True):
 
 
 @dataclass(frozen=True)
+class VisionDescription:
+    """Which images an engine takes: tiles of `tile_size` pixels squared, each of which is `tokens_per_tile` tokens."""
+
+    tile_size: int
+    tokens_per_tile: int
+
+
+@dataclass(frozen=True)
 class EngineDescription:
-    """What an engine serves and how much of it fits. `num_kv_tokens` is what the KV cache holds, over all requests."""
+    """What an engine serves and how much of it fits.
+
+    num_kv_tokens: what the KV cache holds, over all requests. vision: None when the model sees no images.
+    """
 
     model_id: str
     max_model_len: int
@@ -98,6 +127,7 @@ class EngineDescription:
     num_kv_tokens: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    vision: VisionDescription | None = None
 
 
 class RequestTooLong(ValueError):

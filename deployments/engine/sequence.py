@@ -21,6 +21,7 @@ class Sequence:
     produced before, by this engine or another; they count as output but are computed with the prompt.
 
     tokens: prompt and output so far. num_computed: how many of them have keys and values in `blocks`.
+    last_patch: position of the last token that stands for a part of an image, -1 without images.
     A sequence with one token left to compute is decoding; with more it is in prefill.
     """
 
@@ -36,6 +37,7 @@ class Sequence:
         self.request, self.index, self.arrival = request, index, arrival
         self.sampling = request.sampling
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
+        self.last_patch = int(request.images[-1].patches[-1]) if request.images else -1
         self.tokens = [*request.prompt, *outputs]
         self.num_prompt = len(request.prompt)
         self.num_computed = 0
@@ -79,8 +81,14 @@ class Sequence:
         while len(known) < count:
             start = len(known) * block_size
             parent = known[-1] if known else self._root
-            known.append(block_hash(parent, self.tokens[start : start + block_size]))
+            end = start + block_size
+            known.append(block_hash(parent, self.tokens[start:end], self._images_within(start, end)))
         return known[:count] if len(known) > count else known
+
+    def _images_within(self, start: int, end: int) -> bytes:
+        """What tokens of images at these positions stand for; of a prompt without images nothing."""
+        images = [image for image in self.request.images if image.patches[0] < end and image.patches[-1] >= start]
+        return "".join(f"{image.patches[0]}:{image.digest};" for image in images).encode()
 
     def append(self, token: int) -> None:
         self.tokens.append(token)

@@ -16,10 +16,11 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig, ModelConfig
-from deployments.engine.request import EngineDescription
+from deployments.config import AppConfig, ImageConfig, ModelConfig
+from deployments.engine.request import EngineDescription, VisionDescription
 from deployments.front.api import build_api
 from deployments.front.chat_template import ChatTemplate
+from deployments.front.images import FetchPolicy, ImageFetcher, ImageReader, ImageSettings, ImageTokens
 from deployments.front.mailbox import Mailbox
 from deployments.front.metrics import FrontMetrics
 from deployments.front.remote_engine import RemoteEngine
@@ -68,6 +69,7 @@ class Front:
             max_model_len=description.max_model_len,
             vocab_size=description.vocab_size,
             chat_template=template,
+            images=_reader(model, description.vision, tokenizer, self._config.front.images),
             root=model.path,
         )
 
@@ -93,3 +95,16 @@ def _open(model: ModelConfig) -> tuple[Tokenizer, ChatTemplate | None]:
     tokenizer = open_tokenizer(model.tokenizer or model.path)
     source = Path(model.chat_template).read_text() if model.chat_template else tokenizer.chat_template
     return tokenizer, ChatTemplate(source, tokenizer.special_tokens) if source else None
+
+
+def _reader(
+    model: ModelConfig, vision: VisionDescription | None, tokenizer: Tokenizer, config: ImageConfig
+) -> ImageReader | None:
+    """Raises ValueError if the tokenizer lacks the tokens of images."""
+    if vision is None:
+        return None
+    settings = ImageSettings(
+        vision.tile_size, vision.tokens_per_tile, model.max_image_tiles, config.max_bytes, config.max_pixels
+    )
+    policy = FetchPolicy(frozenset(config.allowed_hosts), config.fetch_timeout_s)
+    return ImageReader(settings, ImageTokens.of(tokenizer), ImageFetcher(policy), config.max_per_request)

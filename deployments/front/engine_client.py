@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from deployments.engine.request import SamplingParams, TokenDelta
+from deployments.engine.request import PromptImage, SamplingParams, TokenDelta
 
 
 class EngineUnavailable(Exception):
@@ -18,7 +18,7 @@ class EngineClient(Protocol):
     """Generates with one model, on whichever of its engines."""
 
     def generate(
-        self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int
+        self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int, images: tuple[PromptImage, ...] = ()
     ) -> AsyncGenerator[TokenDelta, None]:
         """Deltas of all `n` choices, in order within each; ends when all have finished.
 

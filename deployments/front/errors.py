@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from deployments.engine.request import QueueFull, RequestTooLong
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
 
-NOT_IN_PATHS = ("text", "parts", "[key]")
+NOT_IN_PATHS = ("whole text", "list of parts", "text part", "image_url part", "[key]")
 """What pydantic puts into an error's location beside names: tags of unions, and that it is about a key."""
 
 SHOWN_CHARACTERS = 100

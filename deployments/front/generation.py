@@ -95,8 +95,8 @@ class Generation:
     async def _deltas_of(self, prompt: int, sampling: SamplingParams) -> AsyncGenerator[TokenDelta, None]:
         """The engine's deltas. Those of other choices wait until choice 0 has brought the prompt's logprobs."""
         held: list[TokenDelta] | None = [] if sampling.prompt_logprobs is not None and self.n > 1 else None
-        token_ids = self.prompts[prompt].token_ids
-        stream = self.model.engine.generate(f"{self.id}-{prompt}", token_ids, sampling, self.n)
+        asked = self.prompts[prompt]
+        stream = self.model.engine.generate(f"{self.id}-{prompt}", asked.token_ids, sampling, self.n, asked.images)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "abort":

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from deployments.engine.request import PromptImage
 from deployments.front.chat_template import ChatTemplateError
 from deployments.front.errors import invalid
+from deployments.front.images import ImageError, PreparedImage
 from deployments.front.protocol.chat import ConversationFields
 from deployments.front.served_model import ServedModel
 
@@ -18,10 +20,14 @@ _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens of one prompt. `text` is what they were made of, or None if the client sent tokens."""
+    """Tokens of one prompt and the images among them.
+
+    text: what they were made of, or None if the client sent tokens.
+    """
 
     token_ids: list[int]
     text: str | None = None
+    images: tuple[PromptImage, ...] = ()
 
 
 async def from_conversation(model: ServedModel, request: ConversationFields) -> Prompt:
@@ -35,6 +41,7 @@ async def from_conversation(model: ServedModel, request: ConversationFields) -> 
             "'continue_final_message' and 'add_generation_prompt' exclude each other", "continue_final_message"
         )
     messages = [message.for_template() for message in request.messages]
+    images = await _images(model, request)
 
     def render_and_encode() -> Prompt:
         text = template.render(
@@ -44,12 +51,32 @@ async def from_conversation(model: ServedModel, request: ConversationFields) -> 
             template_kwargs=request.chat_template_kwargs,
         )
         ids = model.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
-        return Prompt(ids, text)
+        if model.images is None:
+            return Prompt(ids, text)
+        ids, placed = model.images.place(ids, images)
+        return Prompt(ids, text, placed)
 
     try:
-        return _not_empty(await _run(render_and_encode, sum(len(str(m["content"])) for m in messages)), "messages")
-    except ChatTemplateError as error:
+        length = sum(len(str(message["content"])) for message in messages)
+        return _not_empty(await _run(render_and_encode, length, beside=bool(images)), "messages")
+    except (ChatTemplateError, ImageError) as error:
         raise invalid(str(error), "messages") from error
+
+
+async def _images(model: ServedModel, request: ConversationFields) -> list[PreparedImage]:
+    """The conversation's images, in order. Raises ApiError 400."""
+    urls = [image for message in request.messages for image in message.images]
+    if not urls:
+        return []
+    if model.images is None:
+        raise invalid(f"The model {model.id!r} sees no images", "messages", "images_not_supported")
+    if len(urls) > model.images.max_images:
+        most = model.images.max_images
+        raise invalid(f"'messages' hold {len(urls)} images, this server takes {most}", "messages", "too_many_images")
+    try:
+        return await model.images.read([image.url for image in urls], [image.detail == "low" for image in urls])
+    except ImageError as error:
+        raise invalid(f"An image in 'messages' cannot be used: {error}", "messages", "invalid_image") from error
 
 
 async def from_text(model: ServedModel, text: str, add_special_tokens: bool, param: str = "prompt") -> Prompt:
@@ -86,7 +113,8 @@ def _not_empty(prompt: Prompt, param: str) -> Prompt:
     return prompt
 
 
-async def _run(encode: Callable[[], Prompt], characters: int) -> Prompt:
-    if characters <= LONG_CHARACTERS:
+async def _run(encode: Callable[[], Prompt], characters: int, *, beside: bool = False) -> Prompt:
+    """beside: in a thread in any case; an image may be thousands of tokens."""
+    if characters <= LONG_CHARACTERS and not beside:
         return encode()
     return await asyncio.get_running_loop().run_in_executor(_threads, encode)

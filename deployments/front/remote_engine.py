@@ -12,7 +12,14 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.engine.request import EngineRequest, QueueFull, RequestTooLong, SamplingParams, TokenDelta
+from deployments.engine.request import (
+    EngineRequest,
+    PromptImage,
+    QueueFull,
+    RequestTooLong,
+    SamplingParams,
+    TokenDelta,
+)
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
 from deployments.front.mailbox import DeltaQueue, Mailbox
 
@@ -32,11 +39,11 @@ class RemoteEngine:
         self._ending: set[asyncio.Future[None]] = set()
 
     async def generate(
-        self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int
+        self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int, images: tuple[PromptImage, ...] = ()
     ) -> AsyncGenerator[TokenDelta, None]:
         """See `EngineClient.generate`."""
         with self._mailbox.open(request_id) as deltas:
-            request = EngineRequest(request_id, prompt, sampling, self._mailbox.address, n)
+            request = EngineRequest(request_id, prompt, sampling, self._mailbox.address, n, images)
             call = asyncio.ensure_future(self._call(request, deltas))
             try:
                 unfinished = n

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from deployments.front.chat_template import ChatTemplate
 from deployments.front.engine_client import EngineClient
+from deployments.front.images import ImageReader
 from deployments.front.protocol.response import ModelCard
 from deployments.front.tokenizer import Tokenizer
 
@@ -12,7 +13,7 @@ from deployments.front.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class ServedModel:
     """`max_model_len`: most tokens of a prompt and its answer together. `vocab_size`: the
-    network's, which may exceed the tokenizer's. `root`: where the checkpoint is."""
+    network's, which may exceed the tokenizer's. `images`: None when it sees none. `root`: where the checkpoint is."""
 
     id: str
     tokenizer: Tokenizer
@@ -20,6 +21,7 @@ class ServedModel:
     max_model_len: int
     vocab_size: int
     chat_template: ChatTemplate | None = None
+    images: ImageReader | None = None
     root: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 

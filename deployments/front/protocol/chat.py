@@ -10,18 +10,51 @@ from deployments.front.protocol.sampling import MAX_INT, REFUSED, SamplingFields
 
 
 class TextPart(RequestModel):
-    """A piece of a message. Images are not supported yet."""
+    """A piece of a message's text."""
 
     type: Literal["text"]
     text: str
 
 
+class ImageUrl(RequestModel):
+    """Where an image is."""
+
+    url: str
+    """`data:<media type>;base64,<data>`; or `http(s)`, from hosts that the server allows."""
+    detail: Literal["auto", "low", "high"] = "auto"
+    """"low" shows the model the whole image in one tile; the others cut a large one into several."""
+
+
+class ImagePart(RequestModel):
+    """An image at its place in a message, for models that see."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _kind(part: Any) -> str | None:
+    """The branch of a part; not that of its type, so that an error's path leaves out the branch and nothing else."""
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"{kind} part" if isinstance(kind, str) else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text part")] | Annotated[ImagePart, Tag("image_url part")],
+    Discriminator(
+        _kind,
+        custom_error_type="part_type",
+        custom_error_message="a part of a message must be an object of type 'text' or 'image_url'",
+    ),
+]
+
+
 def _branch(content: Any) -> str:
-    return "parts" if isinstance(content, list) else "text"
+    return "list of parts" if isinstance(content, list) else "whole text"
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1), Tag("parts")], Discriminator(_branch)
+    Annotated[str, Tag("whole text")] | Annotated[list[Part], Field(min_length=1), Tag("list of parts")],
+    Discriminator(_branch),
 ]
 
 
@@ -44,10 +77,22 @@ class Message(RequestModel):
         "reasoning_content": (),
     }
 
+    @property
+    def images(self) -> list[ImageUrl]:
+        """In order."""
+        return [part.image_url for part in self.content if isinstance(part, ImagePart)]
+
     def for_template(self) -> dict[str, Any]:
+        """As templates take it: of an image only its place is left."""
         role = "system" if self.role == "developer" else self.role
-        message = self.model_dump(exclude_none=True)
-        return {**message, "role": role}
+        content = self.content
+        parts = content if isinstance(content, str) else [_for_template(part) for part in content]
+        message = {"role": role, "content": parts}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+def _for_template(part: TextPart | ImagePart) -> dict[str, Any]:
+    return {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
 
 
 class ConversationFields(RequestModel):

@@ -4,17 +4,32 @@ It writes each token into a cache of its own at the slot that the block table na
 from what it reads there. So a wrong block, a stale one or one shared wrongly changes the output.
 """
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 
-from cluster.channel import Address
-from deployments.engine.request import EngineRequest, SamplingParams
+from cluster.channel import Address, Inbox
+from deployments.config import ModelConfig
+from deployments.engine.deployment import Engine
+from deployments.engine.request import EngineRequest, PromptImage, SamplingParams, StepMessage, TokenDelta
+from model.args import Size, VisionArgs
 from model.datatypes import PagedBatch
 from model.sampling import RowLogprobs, SampledTokens, SamplingBatch
 
 VOCAB = 1000
+PATCHES = 2
+"""Of a tile."""
+VISION = VisionArgs(
+    image_size=Size(height=4, width=4), patch_size=Size(height=4, width=2), dim=8, n_layers=1, n_heads=1,
+    mlp_ratio=1.0, output_dim=8, pixel_shuffle_ratio=1.0,
+)  # fmt: skip
+assert VISION.tokens_per_tile == PATCHES
 
 
 def next_token(context: list[int]) -> int:
@@ -32,18 +47,27 @@ def completion(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def seen(tiles: np.ndarray) -> list[int]:
+    """What the fake model sees of an image: two numbers for each tile stand where its patch tokens are."""
+    return [VOCAB + 10 * int(tile.sum()) + patch for tile in tiles for patch in range(PATCHES)]
+
+
 class FakeExecutor:
     """`before`: called with each batch first; may raise."""
 
     def __init__(self, num_blocks: int, block_size: int, before: Callable[[PagedBatch], None] | None = None) -> None:
         self.num_blocks, self.block_size, self.before = num_blocks, block_size, before
         self.cache = np.full(num_blocks * block_size, -1, np.int64)
+        self.num_encoded = 0
         self.num_steps = self.num_tokens = self.max_tokens = self.max_sequences = 0
 
     def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens:
         if self.before is not None:
             self.before(batch)
         self._count(batch)
+        tokens = batch.tokens.numpy().copy()
+        if batch.image_rows is not None:
+            tokens[batch.image_rows.numpy()] = batch.image_embeddings[:, 0].numpy()
         starts, ends = batch.query_starts.tolist(), batch.context_lens.tolist()
         says: dict[int, int] = {}
         for s, end in enumerate(ends):
@@ -52,14 +76,18 @@ class FakeExecutor:
             slots = slots + positions % self.block_size
             first, last = starts[s], starts[s + 1]
             assert batch.positions[first:last].tolist() == list(range(end - (last - first), end))
-            self.cache[slots[end - (last - first) :]] = batch.tokens[first:last].numpy()
+            self.cache[slots[end - (last - first) :]] = tokens[first:last]
             context = self.cache[slots].tolist()
             for row in range(first, last):
                 if row in batch.logit_rows:
                     says[row] = next_token(context[: end - (last - 1 - row)])
-        tokens = [says[row] for row in batch.logit_rows.tolist()]
+        said = [says[row] for row in batch.logit_rows.tolist()]
         targets = [RowLogprobs(t, -1.0, 1, []) for t in sampling.targets]
-        return SampledTokens(tokens[: sampling.num_samples], None, targets)
+        return SampledTokens(said[: sampling.num_samples], None, targets)
+
+    def encode_image(self, tiles: np.ndarray) -> torch.Tensor:
+        self.num_encoded += 1
+        return torch.tensor(seen(tiles))[:, None]
 
     def _count(self, batch: PagedBatch) -> None:
         counts = np.diff(batch.query_starts.numpy())
@@ -72,11 +100,18 @@ class FakeExecutor:
 
 
 def make_request(
-    name: str, prompt: list[int], max_tokens: int = 8, *, n: int = 1, to: Address | None = None, **params: object
+    name: str,
+    prompt: list[int],
+    max_tokens: int = 8,
+    *,
+    n: int = 1,
+    to: Address | None = None,
+    images: tuple[PromptImage, ...] = (),
+    **params: object,
 ) -> EngineRequest:
     address = to or Address("tcp://127.0.0.1:1", b"", "front")
     sampling = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **params})
-    return EngineRequest(name, prompt, sampling, address, n)
+    return EngineRequest(name, prompt, sampling, address, n, images)
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +127,56 @@ def fake_executor() -> type[FakeExecutor]:
 @pytest.fixture(scope="session")
 def completion_of() -> Callable[[list[int], int], list[int]]:
     return completion
+
+
+@dataclass
+class Front:
+    """An engine around a fake executor, and an inbox that sorts what it sends."""
+
+    engine: Engine
+    inbox: Inbox
+    executor: object
+    outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    last: dict[tuple[str, int], TokenDelta] = field(default_factory=dict)
+    cached: dict[tuple[str, int], int] = field(default_factory=dict)
+    messages: int = 0
+
+    async def listen(self) -> None:
+        while True:
+            message = msgspec.msgpack.decode(await self.inbox.receive(), type=StepMessage)
+            self.messages += 1
+            for delta in message.deltas:
+                key = (delta.request_id, delta.index)
+                tokens = self.outputs.setdefault(key, [])
+                assert delta.offset == len(tokens)
+                tokens += delta.token_ids
+                self.cached.setdefault(key, delta.num_cached_tokens)
+                self.last[key] = delta
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    @property
+    def pool(self) -> object:
+        return self.engine._loop._scheduler.pool
+
+
+@pytest.fixture
+async def start(fake_executor: type):
+    started = []
+
+    def _start(num_blocks: int = 250, before: Callable | None = None, **config: object) -> Front:
+        executor = fake_executor(num_blocks, 16, before)
+        executor.max_model_len, executor.args = 2048, SimpleNamespace(vocab_size=VOCAB, vision_args=VISION)
+        engine = Engine(ModelConfig(id="fake", path="none", engine=config), shard=executor)
+        front = Front(engine, Inbox("127.0.0.1"), executor)
+        started.append((front, asyncio.create_task(front.listen())))
+        return front
+
+    yield _start
+    for front, listening in started:
+        await asyncio.to_thread(front.engine.stop)
+        listening.cancel()
+        front.inbox.close()

@@ -2,69 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 
-import msgspec
 import pytest
 
-from cluster.channel import Inbox
-from deployments.config import ModelConfig
-from deployments.engine.deployment import Engine
-from deployments.engine.request import QueueFull, RequestTooLong, StepFailed, StepMessage, TokenDelta
-
-
-@dataclass
-class Front:
-    """An engine around a fake executor, and an inbox that sorts what it sends."""
-
-    engine: Engine
-    inbox: Inbox
-    executor: object
-    outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-    last: dict[tuple[str, int], TokenDelta] = field(default_factory=dict)
-    cached: dict[tuple[str, int], int] = field(default_factory=dict)
-    messages: int = 0
-
-    async def listen(self) -> None:
-        while True:
-            message = msgspec.msgpack.decode(await self.inbox.receive(), type=StepMessage)
-            self.messages += 1
-            for delta in message.deltas:
-                key = (delta.request_id, delta.index)
-                tokens = self.outputs.setdefault(key, [])
-                assert delta.offset == len(tokens)
-                tokens += delta.token_ids
-                self.cached.setdefault(key, delta.num_cached_tokens)
-                self.last[key] = delta
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not condition():
-                await asyncio.sleep(0.005)
-
-    @property
-    def pool(self) -> object:
-        return self.engine._loop._scheduler.pool
-
-
-@pytest.fixture
-async def start(fake_executor: type):
-    started = []
-
-    def _start(num_blocks: int = 250, before: Callable | None = None, **config: object) -> Front:
-        executor = fake_executor(num_blocks, 16, before)
-        executor.max_model_len, executor.args = 2048, SimpleNamespace(vocab_size=1000)
-        engine = Engine(ModelConfig(id="fake", path="none", engine=config), shard=executor)
-        front = Front(engine, Inbox("127.0.0.1"), executor)
-        started.append((front, asyncio.create_task(front.listen())))
-        return front
-
-    yield _start
-    for front, listening in started:
-        await asyncio.to_thread(front.engine.stop)
-        listening.cancel()
-        front.inbox.close()
+from deployments.engine.request import QueueFull, RequestTooLong, StepFailed
+from tests.deployments.engine.conftest import Front
 
 
 async def test_64_requests_in_a_cache_of_4000_tokens_get_the_tokens_they_would_get_alone(

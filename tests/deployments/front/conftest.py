@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from deployments.config import FrontConfig
-from deployments.engine.request import SamplingParams, TokenDelta, TokenLogprobs
+from deployments.engine.request import PromptImage, SamplingParams, TokenDelta, TokenLogprobs
 from deployments.front.api import build_api
 from deployments.front.chat_template import ChatTemplate
 from deployments.front.metrics import FrontMetrics
@@ -49,13 +49,15 @@ class FakeEngine:
     hangs_after: int | None = None
     is_up: bool = True
     requests: list[tuple[str, list[int], SamplingParams, int]] = field(default_factory=list)
+    images: list[tuple[PromptImage, ...]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     running: int = 0
 
     async def generate(
-        self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int
+        self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int, images: tuple[PromptImage, ...] = ()
     ) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append((request_id, prompt, sampling, n))
+        self.images.append(images)
         if self.refusal is not None:
             raise self.refusal
         self.running += 1
