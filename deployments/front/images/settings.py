@@ -1,6 +1,10 @@
 """How images are read: the model's own sizes, and limits."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model.args import VisionArgs  # not at run time: it would bring torch into the front
 
 
 @dataclass(frozen=True)
@@ -21,3 +25,11 @@ class ImageSettings:
         for name in ("tile_size", "tokens_per_tile", "max_tiles", "max_bytes", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, args: "VisionArgs", **limits: int) -> "ImageSettings":
+        """The settings for a model. Raises ValueError if its tiles are not square."""
+        size = args.image_size
+        if size.height != size.width:
+            raise ValueError(f"tiles must be square, the model's are {size.height} by {size.width}")
+        return cls(tile_size=size.width, tokens_per_tile=args.tokens_per_tile, **limits)
