@@ -39,6 +39,13 @@ class Launch:
         text = yaml.safe_load(path.read_text())
         self.directory = new_directory()
         self._cluster: LocalCluster | None = None
+        try:
+            self._prepare(text)
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def _prepare(self, text: Any) -> None:
         prepare(self.directory)
         os.environ.update({key: value for key, value in self._environment().items() if key not in os.environ})
         from ray.serve.schema import ServeDeploySchema  # reads that environment when imported
