@@ -10,6 +10,10 @@ from deployments.front.errors import ApiError, from_validation, invalid
 
 Model = TypeVar("Model", bound=BaseModel)
 
+DISCARDED_BODIES = 4
+"""Of a body that is too large, so many times the limit are read and dropped before the answer: a client that
+still writes when the connection closes would see a reset, and not the 413."""
+
 
 async def read(request: Request, model: type[Model], limit: int) -> Model:
     """The body as `model`. Raises ApiError 400, 413 or 415."""
@@ -30,13 +34,17 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     if media_type != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, not {media_type!r}", code="unsupported_media_type")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit)
-    body = bytearray()
+    keeps = not (announced.isdecimal() and int(announced) > limit)
+    body, size = bytearray(), 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
+        size += len(chunk)
+        keeps = keeps and size <= limit
+        if keeps:
+            body += chunk
+        elif size > DISCARDED_BODIES * limit:
+            break
+    if not keeps:
+        raise _too_large(limit)
     return bytes(body)
 
 
@@ -49,5 +57,5 @@ def parse(body: bytes) -> object:
 
 
 def _too_large(limit: int) -> ApiError:
-    # The rest of the body is not read, so the connection cannot be used again.
+    # Some of the body may be unread, so the connection cannot be used again.
     return ApiError(413, f"The body exceeds {limit} bytes", code="request_too_large", headers={"Connection": "close"})

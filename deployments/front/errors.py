@@ -20,7 +20,7 @@ NOT_IN_PATHS = ("whole text", "list of parts", "text part", "image_url part", "[
 """What pydantic puts into an error's location beside names: tags of unions, and that it is about a key."""
 
 SHOWN_CHARACTERS = 100
-"""Of a wrong value, in an error message."""
+"""Of a wrong value or a field's path, in an error."""
 
 
 @dataclass(eq=False)
@@ -109,7 +109,7 @@ def _path(location: tuple[int | str, ...]) -> str:
             path += f"[{step}]"
         elif step not in NOT_IN_PATHS:
             path += f".{step}" if path else step
-    return path
+    return _cut(path)
 
 
 def _fields(model: type[BaseModel]) -> list[str]:
@@ -121,4 +121,8 @@ def _short(value: Any) -> str:
         text = msgspec.json.encode(value).decode()
     except (TypeError, ValueError, RecursionError):
         text = repr(value)
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
