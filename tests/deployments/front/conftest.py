@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+from PIL import ImageFile
 
 from deployments.config import FrontConfig
 from deployments.engine.request import PromptImage, SamplingParams, TokenDelta, TokenLogprobs
@@ -104,6 +105,12 @@ class FakeEngine:
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, 1, [(token, -0.5), (120, -1.5), (121, float("-inf"))][:count])
+
+
+@pytest.fixture(autouse=True)
+def _truncated_images_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's default, whoever imported Meta's module in this process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture

@@ -83,12 +83,6 @@ def chat_format() -> Iterator[ModuleType]:
         sys.modules.pop(f"{LLAMA4}.{name}", None)
 
 
-@pytest.fixture(autouse=True)
-def _truncated_images_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's default, whoever imported Meta's module in this process."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-
-
 @pytest.fixture(scope="session")
 def llama4_tokenizer() -> Path:
     spec = importlib.util.find_spec("llama_models")
