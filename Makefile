@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(name)")' 2>/dev/null)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model serve stop test test-e2e check lock
+.PHONY: help setup setup-dev model serve stop test test-slow check lock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,11 +26,13 @@ serve: setup model  ## serve CONFIG (configs/quickstart.yaml) on this machine un
 stop: setup  ## end what `make serve` started
 	@$(BIN)/python -m deployments.local stop
 
-test: setup-dev model  ## all tests but those of test-e2e
-	$(BIN)/python -m pytest -q --ignore tests/e2e --ignore tests/oracle --ignore tests/examples $(TESTS)
+SLOW_TESTS := tests/e2e/test_invariance.py tests/examples
 
-test-e2e: setup-dev model  ## tests that start real stacks, and the slow oracles
-	$(BIN)/python -m pytest -q tests/e2e tests/oracle tests/examples
+test: setup-dev model  ## all tests but the slow ones
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(SLOW_TESTS)) $(TESTS)
+
+test-slow: setup-dev model  ## the slow tests (6 minutes)
+	$(BIN)/python -m pytest -q $(SLOW_TESTS)
 
 check: setup-dev  ## lint, types, direction of imports
 	$(BIN)/ruff check .
