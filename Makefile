@@ -61,3 +61,5 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@echo "==> Installing $$(grep -c == requirements-dev.lock) packages for tests and checks"
 	@$(PIP) install --no-deps --no-build-isolation --progress-bar on -r requirements-dev.lock
 	@touch $@
+
+include benchmarks/bench.mk

@@ -17,6 +17,7 @@ from deployments.config import ModelConfig
 from deployments.engine.blocks import BlockPool
 from deployments.engine.loop import StepLoop
 from deployments.engine.metrics import EngineMetrics
+from deployments.engine.model_thread import ModelThread
 from deployments.engine.request import EngineDescription, EngineRequest, VisionDescription
 from deployments.engine.scheduler import Limits, Scheduler
 from deployments.metrics import Snapshot
@@ -33,7 +34,8 @@ class Engine:
 
     def __init__(self, config: ModelConfig, shard: Shard | None = None) -> None:
         begun = time.monotonic()
-        self._shard = _load(config) if shard is None else shard
+        thread = ModelThread()
+        self._shard = thread.submit(lambda: _load(config)).result() if shard is None else shard
         engine = config.engine
         limits = Limits(
             max_num_seqs=engine.max_num_seqs,
@@ -62,7 +64,7 @@ class Engine:
         # The model's objects stay: the collector need not walk them, which would pause a step.
         gc.collect()
         gc.freeze()
-        self._loop.start()
+        self._loop.start(thread)
         logger.info("engine of %s ready in %.1f s", config.id, time.monotonic() - begun)
 
     async def generate(self, request: EngineRequest) -> None:

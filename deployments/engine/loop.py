@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from deployments.engine.batch import BatchBuilder, StepBatch
 from deployments.engine.images import EncodedImages, check_images
 from deployments.engine.mailing import Mailing
 from deployments.engine.metrics import EngineMetrics
+from deployments.engine.model_thread import ModelThread
 from deployments.engine.postprocess import Outputs, postprocess
 from deployments.engine.request import EngineRequest, QueueFull, StepFailed, VisionDescription
 from deployments.engine.scheduler import Plan, Scheduler
@@ -77,23 +79,25 @@ class StepLoop:
         self._consecutive_failures = 0
         self._was_idle = True
         self._finish_interval, self._last_finish = 1.0, time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+        self._ended: Future[None] | None = None
 
-    def start(self) -> None:
+    def start(self, thread: ModelThread) -> None:
+        """Runs on `thread` until `stop`."""
         sys.setswitchinterval(SWITCH_INTERVAL)
-        self._thread.start()
+        self._ended = thread.submit(self._run)
 
     def stop(self) -> None:
-        """Ends the thread after its step; requests that are left fail."""
+        """Ends after the step under way; requests that are left fail."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        if self._ended is not None:
+            wait([self._ended])
 
     @property
     def error(self) -> str | None:
         """What is wrong, if this engine can no longer work."""
-        if not self._thread.is_alive():
+        if self._ended is None or self._ended.done():
             return "the step thread is not running"
         if self._consecutive_failures >= FAILURES_UNTIL_UNHEALTHY:
             return f"the last {self._consecutive_failures} steps failed"
