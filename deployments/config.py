@@ -92,6 +92,10 @@ class FrontConfig(_Config):
     max_choices: int = Field(default=128, gt=0)
     """Largest `n`."""
     images: ImageConfig = ImageConfig()
+    heartbeat_timeout_s: float = Field(default=3.0, ge=1)
+    """An engine that is silent for longer, while it has requests, is taken for frozen: they go on at another."""
+    failover_timeout_s: float = Field(default=60.0, ge=0)
+    """How long a request that has no engine, or has lost it, waits for one that takes it."""
 
 
 class AppConfig(_Config):

@@ -113,6 +113,7 @@ class Launch:
         return {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a frozen one would hold its CPUs through a drain
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("moray-haproxy")),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "admin.sock"),

@@ -6,21 +6,19 @@
 import asyncio
 import gc
 import logging
-import secrets
 import time
-
-from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from cluster.shard import Shard
 from deployments.config import ModelConfig
 from deployments.engine.blocks import BlockPool
+from deployments.engine.heartbeat import Heartbeat
 from deployments.engine.loop import StepLoop
 from deployments.engine.metrics import EngineMetrics
 from deployments.engine.model_thread import ModelThread
 from deployments.engine.request import EngineDescription, EngineRequest, VisionDescription
 from deployments.engine.scheduler import Limits, Scheduler
 from deployments.metrics import Snapshot
+from deployments.status import EngineStatus, this_replica
 from model.args import VisionArgs
 
 logger = logging.getLogger(__name__)
@@ -56,7 +54,8 @@ class Engine:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             vision=_vision(self._shard.args.vision_args),
         )
-        self._metrics = EngineMetrics(config.id, _replica_id(), scheduler)
+        self._replica, self._scheduler = this_replica(), scheduler
+        self._metrics = EngineMetrics(config.id, self._replica["replica_id"], scheduler)
         self._loop = StepLoop(
             self._shard, scheduler, self._metrics, engine.max_waiting_requests,
             self._description.vision, engine.image_cache_memory,
@@ -65,12 +64,14 @@ class Engine:
         gc.collect()
         gc.freeze()
         self._loop.start(thread)
+        loop = self._loop  # the heartbeat's thread must not keep this object alive
+        self._heartbeat = Heartbeat(self._replica["replica_id"], lambda: loop.fronts)
         logger.info("engine of %s ready in %.1f s", config.id, time.monotonic() - begun)
 
     async def generate(self, request: EngineRequest) -> None:
         """Returns when the request is done; its tokens go to `request.reply_to`. Cancelling aborts it.
 
-        Raises QueueFull, RequestTooLong or StepFailed.
+        Raises QueueFull, RequestTooLong, StepFailed or EngineStopping.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -84,6 +85,16 @@ class Engine:
     def describe(self) -> EngineDescription:
         return self._description
 
+    def status(self) -> EngineStatus:
+        scheduler = self._scheduler
+        return EngineStatus(
+            **self._replica,
+            model=self._description.model_id,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_cache_usage=scheduler.pool.usage,
+        )
+
     def metrics(self) -> Snapshot:
         return self._metrics.snapshot()
 
@@ -95,11 +106,14 @@ class Engine:
     def stop(self) -> None:
         """Ends the step thread; unfinished requests fail."""
         self._loop.stop()
+        self._heartbeat.stop()
 
     def __del__(self) -> None:
         loop = getattr(self, "_loop", None)
         if loop is not None and loop.error is None:
             loop.stop()
+        if heartbeat := getattr(self, "_heartbeat", None):
+            heartbeat.stop()
 
 
 def _load(config: ModelConfig) -> Shard:
@@ -123,14 +137,6 @@ def _vision(args: VisionArgs | None) -> VisionDescription | None:
     if size.height != size.width:
         raise ValueError(f"tiles must be square to be served, the model's are {size.height} by {size.width}")
     return VisionDescription(size.width, args.tokens_per_tile)
-
-
-def _replica_id() -> str:
-    """This replica's, or a random one outside Serve."""
-    try:
-        return serve.get_replica_context().replica_id.unique_id
-    except RayServeException:
-        return secrets.token_hex(4)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], error: Exception | None) -> None:

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.channel import Address
 from deployments.engine.batch import BatchBuilder, StepBatch
 from deployments.engine.images import EncodedImages, check_images
 from deployments.engine.mailing import Mailing
 from deployments.engine.metrics import EngineMetrics
 from deployments.engine.model_thread import ModelThread
 from deployments.engine.postprocess import Outputs, postprocess
-from deployments.engine.request import EngineRequest, QueueFull, StepFailed, VisionDescription
+from deployments.engine.request import EngineRequest, EngineStopping, QueueFull, StepFailed, VisionDescription
 from deployments.engine.scheduler import Plan, Scheduler
 from deployments.engine.sequence import Sequence, Status
 from model.datatypes import PagedBatch
@@ -70,7 +71,7 @@ class StepLoop:
         self._executor, self._scheduler, self._metrics = executor, scheduler, metrics
         self._max_waiting, self._vision = max_waiting_requests, vision
         self._images = EncodedImages(executor.encode_image, image_cache_bytes, metrics)
-        self._batches, self._mailing = BatchBuilder(scheduler.limits), Mailing()
+        self._batches, self._mailing = BatchBuilder(scheduler.limits), Mailing(metrics.engine)
         self._wake = threading.Condition()
         self._arriving: list[_Request] = []
         self._aborting: list[str] = []
@@ -104,18 +105,25 @@ class StepLoop:
         return None
 
     def submit(self, request: EngineRequest, done: Done) -> None:
-        """Queues `request`. Raises QueueFull, RequestTooLong, or ValueError: an id in use, images that do not fit."""
+        """Queues `request`. Raises QueueFull, RequestTooLong, EngineStopping, or ValueError: an id in use, images
+        that do not fit."""
         self._scheduler.check(request)
         check_images(request, self._vision)
         with self._wake:
             if self._stopping:
-                raise StepFailed("the engine is shutting down")
+                raise EngineStopping("the engine is shutting down")
             if request.request_id in self._requests:
                 raise ValueError(f"request id {request.request_id!r} is in use")
-            self._check_queue()
+            if not request.outputs:
+                self._check_queue()
             self._requests[request.request_id] = arriving = _Request(request, done)
             self._arriving.append(arriving)
             self._wake.notify()
+
+    @property
+    def fronts(self) -> set[Address]:
+        """Where requests that are not done came from."""
+        return {entry.request.reply_to for entry in list(self._requests.values())}
 
     def abort(self, request_id: str) -> None:
         """Drops a request before the next step; unknown ones are ignored. Its `done` is not called."""
@@ -132,7 +140,7 @@ class StepLoop:
     def _run(self) -> None:
         while self._wait_for_work():
             self._step_or_fail()
-        self._fail(list(self._requests.values()), StepFailed("the engine shut down before the request was done"))
+        self._fail(list(self._requests.values()), EngineStopping("the engine shut down before the request was done"))
         self._mailing.close()
 
     def _wait_for_work(self) -> bool:

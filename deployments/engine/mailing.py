@@ -12,9 +12,10 @@ IDLE_SECONDS = 60.0
 
 
 class Mailing:
-    """Outboxes by front. One thread owns it."""
+    """Outboxes by front. One thread owns it. engine: the replica's id, which goes with every message."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
         self._outboxes: dict[str, Outbox] = {}
         self._used: dict[str, float] = {}
         self._encode = msgspec.msgpack.Encoder().encode
@@ -28,7 +29,7 @@ class Mailing:
             if outbox is None:
                 outbox = self._outboxes[address.name] = Outbox(address)
             self._used[address.name] = now
-            outbox.send(self._encode(StepMessage(of_front)))
+            outbox.send(self._encode(StepMessage(of_front, self._engine)))
         if now > self._next_sweep:
             self._close_idle(now)
 

@@ -26,10 +26,11 @@ OVERHEAD = (0.00005, 0.0001, 0.00015, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.
 
 
 class EngineMetrics:
-    """Metrics of one engine replica."""
+    """Metrics of one engine replica. engine: its id."""
 
     def __init__(self, model_name: str, engine: str, scheduler: Scheduler) -> None:
         self.registry = CollectorRegistry()
+        self.engine = engine
         self._labels = (model_name, engine)
         self.registry.register(_SchedulerState(scheduler, self._labels))
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")

@@ -45,7 +45,7 @@ def _delta(sequence: Sequence, token: int, row: RowLogprobs | None, reason: str 
     logprobs = None if row is None else [_logprobs(row)]
     if sequence.first_output:
         return TokenDelta(request_id, sequence.index, offset, [token], logprobs, reason)
-    asked = sequence.index == 0 and sequence.sampling.prompt_logprobs is not None
+    asked = sequence.index == 0 and sequence.sampling.prompt_logprobs is not None and not sequence.is_resumed
     return TokenDelta(
         request_id, sequence.index, offset, [token], logprobs, reason, sequence.num_cached or 0,
         sequence.prompt_logprobs if asked else None,

@@ -58,7 +58,12 @@ class PromptImage:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One prompt and its `n` choices. `request_id` is unique over the cluster; `images` are in the prompt's order."""
+    """One prompt and its `n` choices. `request_id` is unique over the cluster; `images` are in the prompt's order.
+
+    outputs: empty for a new request. For one that another engine began, the tokens of each choice so far, or None
+    for a choice that has finished: generation goes on from there as if nothing had happened, and is never refused
+    for want of room in the queue.
+    """
 
     request_id: str
     prompt: list[int]
@@ -66,6 +71,7 @@ class EngineRequest:
     reply_to: Address
     n: int = 1
     images: tuple[PromptImage, ...] = ()
+    outputs: tuple[tuple[int, ...] | None, ...] = ()
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
@@ -99,9 +105,13 @@ class TokenDelta(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepMessage(msgspec.Struct, array_like=True, frozen=True):
-    """All that one engine step produced for one front."""
+    """All that one engine step produced for one front. Without deltas it only says that `engine` lives.
+
+    engine: the replica's id.
+    """
 
     deltas: list[TokenDelta]
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,10 @@ class RequestTooLong(ValueError):
 
 class StepFailed(RuntimeError):
     """The engine failed while it computed this request; other requests went on."""
+
+
+class EngineStopping(RuntimeError):
+    """The engine is shutting down; another may take the request."""
 
 
 class QueueFull(Exception):

@@ -19,6 +19,9 @@ from deployments.engine.sequence import Sequence, Status
 PROMPT_LOGPROBS_CHUNK = 256
 """Most prompt tokens of one sequence in a step when each needs a row of logits: bounds their memory."""
 
+RESUMED_FIRST = 2**62
+"""Requests that another engine began have waited already: they arrive, in order, before all others."""
+
 Plan = dict[Sequence, int]
 
 
@@ -53,7 +56,7 @@ class Scheduler:
         self.pool, self.limits, self.counts = pool, limits, Counts()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._arrivals = 0
+        self._arrivals, self._resumed_arrivals = 0, -RESUMED_FIRST
         # Every running sequence gets a token a step, so there can be no more than tokens.
         self.max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._slots = list(range(self.max_running))[::-1]
@@ -75,10 +78,15 @@ class Scheduler:
         """Its choices, in the queue; all but the first start when the prompt is computed."""
         self.check(request)
         salt = b"" if self.limits.enable_prefix_caching else request.request_id.encode()
-        choices = [Sequence(request, index, self._arrivals + index, salt=salt) for index in range(request.n)]
-        self._arrivals += request.n
+        arrival = self._arrival_of(request)
+        outputs = request.outputs or ((),) * request.n
+        choices = [
+            Sequence(request, index, arrival + index, salt=salt, outputs=tokens)
+            for index, tokens in enumerate(outputs)
+            if tokens is not None
+        ]
         choices[0].siblings = choices[1:]
-        self.waiting.append(choices[0])
+        insort(self.waiting, choices[0], key=_arrival)
         return choices
 
     def schedule(self) -> Plan:
@@ -115,6 +123,14 @@ class Scheduler:
                 self.waiting.remove(sequence)
             sequence.siblings = []
             sequence.status = Status.FINISHED
+
+    def _arrival_of(self, request: EngineRequest) -> int:
+        """Of its first choice."""
+        if request.outputs:
+            self._resumed_arrivals += request.n
+            return self._resumed_arrivals - request.n
+        self._arrivals += request.n
+        return self._arrivals - request.n
 
     def _continue_running(self, plan: Plan) -> int:
         budget = self.limits.max_num_batched_tokens

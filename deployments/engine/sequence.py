@@ -42,7 +42,7 @@ class Sequence:
         self.num_prompt = len(request.prompt)
         self.num_computed = 0
         self.num_cached: int | None = None
-        self.num_reported = len(outputs)
+        self.is_resumed = bool(outputs)
         self.blocks: list[int] = []
         self.num_published = 0
         self.slot = -1
@@ -72,7 +72,7 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether logits of prompt tokens are still to be computed for their log probabilities."""
-        wanted = self.sampling.prompt_logprobs is not None and self.index == 0
+        wanted = self.sampling.prompt_logprobs is not None and self.index == 0 and not self.is_resumed
         return wanted and len(self.prompt_logprobs) < self.num_prompt
 
     def hashes(self, count: int, block_size: int) -> list[bytes]:

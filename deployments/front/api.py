@@ -15,6 +15,7 @@ from deployments.front.openapi import describe
 from deployments.front.served_model import ServedModel
 from deployments.front.status_routes import StatusRoutes
 from deployments.front.token_routes import TokenRoutes
+from deployments.status import ClusterStatus
 
 DESCRIPTION = "The OpenAI API with vLLM's extra fields. What is not supported is refused with an error that names it."
 
@@ -24,6 +25,7 @@ def build_api(
     config: FrontConfig,
     metrics: FrontMetrics,
     render_metrics: Callable[[], Awaitable[bytes]],
+    cluster: Callable[[], Awaitable[ClusterStatus]],
     version: str,
 ) -> FastAPI:
     """All endpoints.
@@ -31,6 +33,7 @@ def build_api(
     models: by id, the `model` of requests.
     metrics: where requests are counted.
     render_metrics: gives the Prometheus exposition of the whole application.
+    cluster: tells of its processes.
     """
     app = FastAPI(title="Moray", version=version, description=DESCRIPTION, redirect_slashes=False)
     app.add_middleware(ErrorBoundary)
@@ -39,7 +42,7 @@ def build_api(
     api = APIRouter(dependencies=[Depends(bearer_check(config.api_keys))])
     GeneratingRoutes(models, config, metrics, version).add_to(api)
     TokenRoutes(models, config).add_to(api)
-    status = StatusRoutes(models, render_metrics, version)
+    status = StatusRoutes(models, render_metrics, cluster, version)
     status.add_models_to(api)
     app.include_router(api)
     status.add_to(app)

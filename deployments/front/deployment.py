@@ -7,19 +7,21 @@ Admission is the engines' affair, which answer in the API's own error shape; so 
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.broadcast import ask_all
 from deployments.config import AppConfig, ImageConfig, ModelConfig
 from deployments.engine.request import EngineDescription, VisionDescription
 from deployments.front.api import build_api
 from deployments.front.chat_template import ChatTemplate
+from deployments.front.engine_router import rosters
 from deployments.front.images import FetchPolicy, ImageFetcher, ImageReader, ImageSettings, ImageTokens
 from deployments.front.mailbox import Mailbox
 from deployments.front.metrics import FrontMetrics
@@ -27,10 +29,9 @@ from deployments.front.remote_engine import RemoteEngine
 from deployments.front.served_model import ServedModel
 from deployments.front.tokenizer import Tokenizer, open_tokenizer
 from deployments.metrics import Snapshot, render, snapshot
+from deployments.status import ClusterStatus, FrontStatus, this_replica
 
 UNLIMITED = 1_000_000
-GATHER_SECONDS = 5.0
-"""A replica that takes longer to tell its metrics is left out."""
 
 
 @serve.deployment(name="front", max_ongoing_requests=UNLIMITED, max_queued_requests=-1)
@@ -51,11 +52,16 @@ class Front:
         models = {model.id: model for model in served}
         longest = max(model.max_model_len for model in served)
         self._metrics = FrontMetrics(self._context.replica_tag, longest)
-        return build_api(models, self._config.front, self._metrics, self._render_metrics, version("moray-serve"))
+        return build_api(
+            models, self._config.front, self._metrics, self._render_metrics, self._cluster, version("moray-serve")
+        )
 
     async def metrics(self) -> Snapshot:
         """What this replica measured; see deployments/metrics.py."""
         return snapshot(self._metrics.registry)
+
+    async def status(self) -> FrontStatus:
+        return FrontStatus(**this_replica())
 
     async def _meet(self, model: ModelConfig) -> ServedModel:
         """Waits until an engine of `model` answers, while the tokenizer is opened."""
@@ -65,7 +71,14 @@ class Front:
         return ServedModel(
             id=model.id,
             tokenizer=tokenizer,
-            engine=RemoteEngine(model.id, handle, self._mailbox),
+            engine=RemoteEngine(
+                model.id,
+                handle,
+                self._mailbox,
+                rosters[f"engine-{model.id}"],
+                self._config.front.heartbeat_timeout_s,
+                self._config.front.failover_timeout_s,
+            ),
             max_model_len=description.max_model_len,
             vocab_size=description.vocab_size,
             chat_template=template,
@@ -75,20 +88,27 @@ class Front:
 
     async def _render_metrics(self) -> bytes:
         handles = [self._fronts, *self._engines.values()]
-        gathered = await asyncio.gather(*(_gather(handle) for handle in handles))
-        return render([snapshot for snapshots in gathered for snapshot in snapshots])
+        gathered = await asyncio.gather(*(ask_all(handle, "metrics") for handle in handles))
+        return render([snapshot for answers in gathered for snapshot in _answers(answers)])
+
+    async def _cluster(self) -> ClusterStatus:
+        handles = [self._fronts, *self._engines.values()]
+        fronts, *engines = await asyncio.gather(*(ask_all(handle, "status") for handle in handles))
+        missing = [len(asked) - len(_answers(asked)) for asked in (fronts, *engines)]
+        names = (handle.deployment_name for handle in handles)
+        return ClusterStatus(
+            fronts=_answers(fronts),
+            engines=[status for asked in engines for status in _answers(asked)],
+            silent={name: count for name, count in zip(names, missing, strict=True) if count},
+        )
 
 
 async def _describe(handle: DeploymentHandle) -> EngineDescription:
     return await handle.describe.remote()
 
 
-async def _gather(handle: DeploymentHandle) -> list[Snapshot]:
-    with suppress(TimeoutError):
-        response = handle.broadcast("metrics")
-        results = await response.results_async(timeout_s=GATHER_SECONDS, return_exceptions=True)
-        return [result for result in results if not isinstance(result, Exception)]
-    return []
+def _answers(answers: list[Any]) -> list[Any]:
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 def _open(model: ModelConfig) -> tuple[Tokenizer, ChatTemplate | None]:

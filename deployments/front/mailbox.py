@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class Mailbox:
     def __init__(self, host: str) -> None:
         self._host = host
         self._requests: dict[str, DeltaQueue] = {}
+        self._heard: dict[str, float] = {}
         self._decode = msgspec.msgpack.Decoder(StepMessage).decode
         self._inbox: Inbox | None = None
         self._sorting: asyncio.Task[None] | None = None
@@ -60,6 +62,10 @@ class Mailbox:
     @property
     def address(self) -> Address:
         return self._opened().address
+
+    def heard(self, engine: str) -> float:
+        """When a message of this engine replica came last, on the monotonic clock; 0 if none ever did."""
+        return self._heard.get(engine, 0.0)
 
     @contextmanager
     def open(self, request_id: str) -> Iterator[DeltaQueue]:
@@ -93,6 +99,7 @@ class Mailbox:
                 logger.exception("A message of %d bytes from an engine is malformed", len(message))
 
     def _deliver(self, step: StepMessage) -> None:
+        self._heard[step.engine] = time.monotonic()
         for delta in step.deltas:
             deltas = self._requests.get(delta.request_id)
             if deltas is not None:

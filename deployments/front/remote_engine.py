@@ -1,90 +1,137 @@
-"""An engine behind a Serve handle.
+"""The engines of one deployment, behind a Serve handle.
 
 A request is one unary Serve call that lives as long as the request, so that Serve counts it,
-drains it and raises when the engine dies; its tokens arrive in the front's `Mailbox`.
+drains it and raises when the engine dies; its tokens arrive in the front's `Mailbox`. When an
+engine is lost, the request goes on at another with the tokens so far.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-
-from deployments.engine.request import (
-    EngineRequest,
-    PromptImage,
-    QueueFull,
-    RequestTooLong,
-    SamplingParams,
-    TokenDelta,
-)
-from deployments.front.engine_client import EngineFailure, EngineUnavailable
+from deployments.broadcast import ask_all
+from deployments.engine.request import EngineRequest, PromptImage, SamplingParams, TokenDelta
+from deployments.front import placement
+from deployments.front.call_errors import translated
+from deployments.front.engine_router import Roster
+from deployments.front.liveness import Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
+from deployments.front.replay import EngineLost, Outage, Transcript
 
 LATE_TOKENS_SECONDS = 10.0
 """How long after its call's end a request's last tokens may arrive."""
 
-HEALTH_SECONDS = 5.0
+RETRY_SECONDS = 0.1
+"""Between two looks for an engine, when there is none."""
 
 
 class RemoteEngine:
-    """An engine deployment behind a Serve handle."""
+    """An `EngineClient`.
 
-    def __init__(self, model: str, handle: Any, mailbox: Mailbox) -> None:
-        self._model = model
-        self._handle = handle
-        self._mailbox = mailbox
+    handle: of a deployment whose router is `EngineRouter`. roster: that router's.
+    heartbeat_timeout_s: a longer silence makes an engine suspect. failover_timeout_s: how long a request waits for an
+    engine, at first and whenever it has lost one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        handle: Any,
+        mailbox: Mailbox,
+        roster: Roster,
+        heartbeat_timeout_s: float = 3.0,
+        failover_timeout_s: float = 60.0,
+    ) -> None:
+        self._model, self._handle, self._mailbox, self._roster = model, handle, mailbox, roster
+        self._failover_timeout = failover_timeout_s
+        self._liveness = Liveness(roster, mailbox, self._probe, heartbeat_timeout_s)
+        self._prefixes = placement.PrefixMemory()
         self._ending: set[asyncio.Future[None]] = set()
 
     async def generate(
         self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int, images: tuple[PromptImage, ...] = ()
     ) -> AsyncGenerator[TokenDelta, None]:
         """See `EngineClient.generate`."""
-        with self._mailbox.open(request_id) as deltas:
-            request = EngineRequest(request_id, prompt, sampling, self._mailbox.address, n, images)
-            call = asyncio.ensure_future(self._call(request, deltas))
+        request = EngineRequest(request_id, prompt, sampling, self._mailbox.address, n, images)
+        transcript, outage, lost_at = Transcript(n), Outage(0), ""
+        for number in count():
+            engine = await self._engine_for(request, lost_at, outage)
+            outputs = transcript.outputs if number else ()
+            attempt = replace(request, request_id=f"{request_id}.{number}", outputs=outputs)
             try:
-                unfinished = n
-                while unfinished:
-                    delta = await deltas.get()
-                    unfinished -= delta.finish_reason is not None
-                    yield delta
+                async with aclosing(self._attempt(attempt, engine, transcript)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                return
+            except EngineLost as lost:
+                if transcript.num_tokens > outage.num_tokens:
+                    outage = Outage(transcript.num_tokens)
+                outage.note(str(lost), self._failover_timeout)
+                lost_at = engine
+
+    async def is_healthy(self) -> bool:
+        """Whether every engine that Serve counts as running answers."""
+        answers = await ask_all(self._handle, "check_health")
+        return bool(answers) and not any(isinstance(answer, BaseException) for answer in answers)
+
+    async def _engine_for(self, request: EngineRequest, lost_at: str, outage: Outage) -> str:
+        """Waits for an engine that takes requests; not `lost_at` if there is another."""
+        while not (trusted := self._roster.trusted):
+            outage.check(self._failover_timeout)
+            await asyncio.sleep(RETRY_SECONDS)
+        if lost_at in trusted:
+            await asyncio.sleep(RETRY_SECONDS)  # what made it lose the request may be over by then
+        names = placement.prefixes(request.prompt, request.images) if len(trusted) > 1 else []
+        candidates = [
+            placement.Candidate(
+                engine, self._prefixes.num_cached(engine, names), self._liveness.outstanding(engine)
+            )
+            for engine in trusted
+            if engine != lost_at or len(trusted) == 1
+        ]  # fmt: skip
+        engine = placement.choose(candidates, request.request_id)
+        self._prefixes.add(engine, names)
+        return engine
+
+    async def _attempt(
+        self, request: EngineRequest, engine: str, transcript: Transcript
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """What is new of the request's deltas, as far as `engine` brings them. Raises EngineLost if it does not."""
+        load = placement.work(request)
+        with self._mailbox.open(request.request_id) as deltas, self._liveness.watched(Attempt(engine, load, deltas)):
+            call = asyncio.ensure_future(self._call(request, engine, deltas))
+            try:
+                while not transcript.is_finished:
+                    delta = transcript.take(await deltas.get())
+                    if delta is not None:
+                        yield delta
             finally:
-                if unfinished:
-                    call.cancel()
-                else:
+                if transcript.is_finished:
                     # The call ends by itself in a moment; nobody needs to wait for it.
                     self._ending.add(call)
                     call.add_done_callback(self._ending.discard)
+                else:
+                    call.cancel()
 
-    async def _call(self, request: EngineRequest, deltas: DeltaQueue) -> None:
+    async def _call(self, request: EngineRequest, engine: str, deltas: DeltaQueue) -> None:
         """Cancelling this cancels the Serve call, which aborts the request in the engine."""
-        response = self._handle.generate.remote(request)
+        response = self._at(engine).generate.remote(request)
         try:
             await response
-            lost = EngineFailure(f"Tokens of {self._model!r} were lost on their way")
+            lost = EngineLost(f"Tokens of engine replica {engine} were lost on their way")
             asyncio.get_running_loop().call_later(LATE_TOKENS_SECONDS, deltas.fail, lost)
         except asyncio.CancelledError:
             response.cancel()
+            deltas.fail(EngineLost(f"The call of engine replica {engine} was cancelled"))
             raise
         except Exception as error:
-            deltas.fail(self._translate(error))
+            deltas.fail(translated(error, self._model, engine))
 
-    def _translate(self, error: Exception) -> Exception:
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, QueueFull | RequestTooLong):
-            return cause
-        if isinstance(error, BackPressureError):
-            return QueueFull(0, 1.0)
-        if isinstance(error, RayActorError | DeploymentUnavailableError):
-            return EngineUnavailable(f"The engine of {self._model!r} is not available ({type(cause).__name__})")
-        return EngineFailure(f"The engine of {self._model!r} failed: {type(cause).__name__}: {cause}")
+    async def _probe(self, engine: str) -> None:
+        await self._at(engine).check_health.remote()
 
-    async def is_healthy(self) -> bool:
-        with suppress(Exception):
-            async with asyncio.timeout(HEALTH_SECONDS):
-                await self._handle.describe.remote()
-            return True
-        return False
+    def _at(self, engine: str) -> Any:
+        return self._handle.options(session_id=engine)

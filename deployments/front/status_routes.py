@@ -11,6 +11,7 @@ from deployments.front.openapi import responses
 from deployments.front.protocol.response import Health, ModelCard, ModelList, Version
 from deployments.front.served_model import ServedModel
 from deployments.metrics import CONTENT_TYPE
+from deployments.status import ClusterStatus
 
 
 def find(models: Mapping[str, ServedModel], model: str) -> ServedModel:
@@ -25,15 +26,21 @@ class StatusRoutes:
     """Everything that generates nothing."""
 
     def __init__(
-        self, models: Mapping[str, ServedModel], render_metrics: Callable[[], Awaitable[bytes]], version: str
+        self,
+        models: Mapping[str, ServedModel],
+        render_metrics: Callable[[], Awaitable[bytes]],
+        cluster: Callable[[], Awaitable[ClusterStatus]],
+        version: str,
     ) -> None:
         self._models = models
         self._render_metrics = render_metrics
+        self._cluster = cluster
         self._version = version
 
     def add_models_to(self, api: APIRouter) -> None:
         """Registers what needs an API key, if there are any."""
         api.get("/v1/models", responses=responses(None, 401, 500), tags=["models"])(self.list_models)
+        api.get("/cluster", responses=responses(None, 401, 500), tags=["status"])(self.cluster)
         # A model's id may hold no slash, but what a client asks for may.
         path = "/v1/models/{model:path}"
         api.get(path, responses=responses(None, 401, 404, 500), tags=["models"])(self.retrieve_model)
@@ -55,13 +62,17 @@ class StatusRoutes:
         return find(self._models, model).card
 
     async def health(self) -> Health:
-        """200 when every model has an engine that answers, else 503 with the names of those that have none."""
+        """200 when every engine answers, else 503 with the models of those that do not."""
         models = list(self._models.values())
         healthy = await asyncio.gather(*(model.engine.is_healthy() for model in models))
         silent = [model.id for model, answers in zip(models, healthy, strict=True) if not answers]
         if silent:
-            raise ApiError(503, f"No engine answers for {', '.join(silent)}", code="engine_unavailable")
+            raise ApiError(503, f"Not every engine answers, of {', '.join(silent)}", code="engine_unavailable")
         return Health(status="ok", models=[model.id for model in models])
+
+    async def cluster(self) -> ClusterStatus:
+        """The application's processes: fronts, engines and their ranks, expert servers."""
+        return await self._cluster()
 
     async def version(self) -> Version:
         """Of the server."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments.engine.request import QueueFull, RequestTooLong, StepFailed
+from deployments.engine.request import EngineStopping, QueueFull, RequestTooLong, StepFailed
 from tests.deployments.engine.conftest import Front
 
 
@@ -134,7 +134,7 @@ async def test_stopping_fails_what_is_left(start: Callable, request_of: Callable
     task = asyncio.create_task(front.engine.generate(request_of("r", [1], 2000, to=front.inbox.address)))
     await front.until(lambda: bool(front.outputs))
     await asyncio.to_thread(front.engine.stop)
-    with pytest.raises(StepFailed, match="shut down"):
+    with pytest.raises(EngineStopping, match="shut down"):
         await task
     with pytest.raises(RuntimeError, match="not running"):
         front.engine.check_health()

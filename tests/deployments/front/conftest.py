@@ -16,6 +16,7 @@ from deployments.front.metrics import FrontMetrics
 from deployments.front.served_model import ServedModel
 from deployments.front.tokenizer import Tokenizer, Vocabulary
 from deployments.metrics import render, snapshot
+from deployments.status import ClusterStatus, FrontStatus
 
 EOS = 256
 TEMPLATE = (
@@ -132,7 +133,12 @@ def make_app(served: ServedModel) -> Callable[..., object]:
         async def render_metrics() -> bytes:
             return render([snapshot(metrics.registry)])
 
-        return build_api({"tiny": served}, FrontConfig(**config), metrics, render_metrics, "0.0.1")  # type: ignore[arg-type]
+        async def cluster() -> ClusterStatus:
+            return ClusterStatus(
+                fronts=[FrontStatus(replica_id="f0", pid=1, host="127.0.0.1")], silent={"engine-tiny": 1}
+            )
+
+        return build_api({"tiny": served}, FrontConfig(**config), metrics, render_metrics, cluster, "0.0.1")  # type: ignore[arg-type]
 
     return make
 

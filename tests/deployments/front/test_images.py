@@ -20,6 +20,7 @@ from deployments.front.images.prepare import prepare_bytes
 from deployments.front.metrics import FrontMetrics
 from deployments.front.served_model import ServedModel
 from deployments.front.tokenizer import Tokenizer, Vocabulary
+from deployments.status import ClusterStatus
 from tests.deployments.front.conftest import EOS
 from tests.deployments.front.images.pictures import encoded, picture
 
@@ -77,7 +78,11 @@ def make_client():
         async def render_metrics() -> bytes:
             return b""
 
-        app = build_api({"tiny": served}, FrontConfig(), FrontMetrics("front-0", 200), render_metrics, "0.0.1")
+        async def cluster() -> ClusterStatus:
+            return ClusterStatus()
+
+        metrics = FrontMetrics("front-0", 200)
+        app = build_api({"tiny": served}, FrontConfig(), metrics, render_metrics, cluster, "0.0.1")
         return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://front")
 
     return make

@@ -1,0 +1,25 @@
+"""What an engine's call raises, in the terms of the front."""
+
+from ray.serve.exceptions import BackPressureError
+
+from deployments.engine.request import EngineStopping, QueueFull, RequestTooLong, StepFailed
+from deployments.front.engine_client import EngineFailure
+from deployments.front.replay import EngineLost
+
+
+def translated(error: Exception, model: str, engine: str) -> Exception:
+    """QueueFull and RequestTooLong as they are; EngineLost if another engine may go on; else EngineFailure.
+
+    What the engine itself raised comes with its `cause`. Everything else (actor died, connection
+    broken, call cancelled, deployment unavailable) happened on the way.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, QueueFull | RequestTooLong):
+        return cause
+    if isinstance(error, BackPressureError):
+        return QueueFull(0, 1.0)
+    if isinstance(cause, EngineStopping | StepFailed):
+        return EngineLost(f"Engine replica {engine}: {cause}")
+    if cause is None:
+        return EngineLost(f"Engine replica {engine} was lost ({type(error).__name__})")
+    return EngineFailure(f"The engine of {model!r} failed: {type(cause).__name__}: {cause}")

@@ -1,0 +1,72 @@
+"""Sends a call to the engine replica that the front chose. The choice itself is in placement.py.
+
+Serve makes one router for each deployment inside the process that calls it, and gives no way to
+hand it anything. So what the front must know of it, which replicas there are, stands in `rosters`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from ray.serve._private.common import ReplicaID
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+
+class Roster:
+    """The replicas of one deployment as its router sees them, by Serve's ids. Safe to read from any thread.
+
+    replicas: those that take new requests. suspects: those, among them or not, that were found dead or silent,
+    and how it shows; liveness.py takes out again what proves alive.
+    """
+
+    def __init__(self) -> None:
+        self.replicas: tuple[str, ...] = ()
+        self.suspects: dict[str, str] = {}
+
+    @property
+    def trusted(self) -> list[str]:
+        return [replica for replica in self.replicas if replica not in self.suspects]
+
+    def update(self, replicas: Iterable[str]) -> None:
+        self.replicas = tuple(replicas)
+
+
+rosters: defaultdict[str, Roster] = defaultdict(Roster)
+"""By deployment name, of this process."""
+
+
+class EngineRouter(RequestRouter):
+    """A call's `session_id` names its replica. It goes there or, when that is gone, nowhere: its caller has a
+    deadline and knows better where to try next. Calls without one go to any replica."""
+
+    @property
+    def _roster(self) -> Roster:
+        return rosters[self._deployment_id.name]
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        target = pending_request.metadata.session_id if pending_request else ""
+        if pending_request:
+            pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
+        chosen = [replica for replica in candidate_replicas if target in ("", replica.replica_id.unique_id)]
+        for replica in chosen:
+            self._spare_probe(replica.replica_id)
+        return [chosen] if chosen else []
+
+    def _spare_probe(self, replica: ReplicaID) -> None:
+        """Engines admit requests themselves, so their queues need not be asked for before each call."""
+        if self.replica_queue_len_cache.get(replica) is None and replica.unique_id not in self._roster.suspects:
+            self.replica_queue_len_cache.update(replica, 0)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._roster.update(replica.replica_id.unique_id for replica in replicas)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._roster.suspects[replica_id.unique_id] = "died"
+        self._roster.update(replica.unique_id for replica in self.curr_replicas)
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_unavailable(replica_id)
+        self._roster.suspects[replica_id.unique_id] = "broke its connection"

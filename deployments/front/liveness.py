@@ -1,0 +1,115 @@
+"""Notices that an engine is dead or frozen, and ends what waits for it.
+
+Three sources: Serve's router, which sees connections break; the engines' own messages and heartbeats, whose
+absence tells of a frozen process or a lost host; and the calls themselves, which raise. An engine that one
+of them accuses gets no new request until it answers a call again.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from deployments.front.engine_router import Roster
+from deployments.front.mailbox import DeltaQueue, Mailbox
+from deployments.front.replay import EngineLost
+
+CHECK_SECONDS = 0.1
+LATE_SECONDS = 1.0
+PROBE_SECONDS = 2.0
+SILENT = "fell silent"
+"""The reason for suspicion that may prove wrong; others are told by Serve or by the engine itself."""
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A request at an engine. load: see `placement.work`. begun: on the monotonic clock."""
+
+    engine: str
+    load: int
+    deltas: DeltaQueue
+    begun: float = field(default_factory=time.monotonic)
+
+
+class Liveness:
+    """Watches the attempts of one front at the engines of one deployment.
+
+    probe: asks an engine whether it lives; raises if it does not answer.
+    heartbeat_timeout_s: a longer silence makes an engine suspect.
+    """
+
+    def __init__(
+        self, roster: Roster, mailbox: Mailbox, probe: Callable[[str], Awaitable[None]], heartbeat_timeout_s: float
+    ) -> None:
+        self._roster, self._mailbox, self._probe = roster, mailbox, probe
+        self._timeout = heartbeat_timeout_s
+        self._attempts: set[Attempt] = set()
+        self._probing: dict[str, asyncio.Task[None]] = {}
+        self._checking: asyncio.Task[None] | None = None
+
+    def outstanding(self, engine: str) -> int:
+        """Tokens that this front's requests leave an engine to compute."""
+        return sum(attempt.load for attempt in self._attempts if attempt.engine == engine)
+
+    @contextmanager
+    def watched(self, attempt: Attempt) -> Iterator[None]:
+        """Meanwhile the attempt's deltas fail with EngineLost when its engine is found dead or silent."""
+        if self._checking is None:
+            self._checking = asyncio.get_running_loop().create_task(self._check())
+        self._attempts.add(attempt)
+        try:
+            yield
+        finally:
+            self._attempts.discard(attempt)
+
+    def suspect(self, engine: str, why: str) -> None:
+        self._roster.suspects[engine] = why
+
+    async def _check(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            now, before = time.monotonic(), last
+            last = now
+            if now - before > LATE_SECONDS:
+                continue  # this process itself stood still: what it has heard meanwhile is yet to be read
+            self._listen(now)
+            for attempt in self._attempts:
+                if must_leave(self._roster, attempt.engine):
+                    why = self._roster.suspects[attempt.engine]
+                    attempt.deltas.fail(EngineLost(f"Engine replica {attempt.engine} {why}"))
+            for engine in self._roster.suspects.keys() - self._probing.keys():
+                self._probing[engine] = asyncio.create_task(self._until_it_answers(engine))
+
+    def _listen(self, now: float) -> None:
+        """Suspects the engines that have been silent, and no longer those that have not."""
+        suspects = self._roster.suspects
+        for attempt in self._attempts:
+            silence = now - max(attempt.begun, self._mailbox.heard(attempt.engine))
+            if silence > self._timeout:
+                suspects.setdefault(attempt.engine, SILENT)
+            elif suspects.get(attempt.engine) == SILENT and self._mailbox.heard(attempt.engine) > attempt.begun:
+                del suspects[attempt.engine]
+
+    async def _until_it_answers(self, engine: str) -> None:
+        """Takes an engine off the suspects when it answers, or when Serve has given it up."""
+        while engine in self._roster.replicas:
+            with suppress(Exception):
+                async with asyncio.timeout(PROBE_SECONDS):
+                    await self._probe(engine)
+                break
+            await asyncio.sleep(CHECK_SECONDS)
+        self._roster.suspects.pop(engine, None)
+        del self._probing[engine]
+
+
+def must_leave(roster: Roster, engine: str) -> bool:
+    """Whether the requests at `engine` should go on elsewhere.
+
+    One that is silent may only be slow: its requests stay as long as there is no other engine to go to.
+    """
+    why = roster.suspects.get(engine)
+    if why == SILENT:
+        return bool(roster.trusted) or engine not in roster.replicas
+    return why is not None

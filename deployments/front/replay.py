@@ -1,0 +1,99 @@
+"""What a front keeps of a request so that another engine can go on with it: the tokens that it has.
+
+The random number of a token is a function of the request's seed, its choice and its position, and
+penalties and limits are functions of the tokens so far. So the prompt and these tokens are all of a
+request's state, and the stream goes on token for token.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from deployments.engine.request import TokenDelta
+from deployments.front.engine_client import EngineFailure, EngineUnavailable
+
+MAX_FRUITLESS = 3
+"""Engines that may die in a row without giving a token before the request itself is under suspicion."""
+
+
+class EngineLost(Exception):
+    """An attempt came to nothing, through no fault of the request: another engine may go on with it."""
+
+
+class Transcript:
+    """The tokens of each choice that were passed on, and which choices are finished."""
+
+    def __init__(self, n: int) -> None:
+        self._tokens: list[list[int]] = [[] for _ in range(n)]
+        self._finished = [False] * n
+
+    @property
+    def is_finished(self) -> bool:
+        return all(self._finished)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self._tokens))
+
+    @property
+    def outputs(self) -> tuple[tuple[int, ...] | None, ...]:
+        """As `EngineRequest.outputs` wants it."""
+        return tuple(
+            None if finished else tuple(tokens) for tokens, finished in zip(self._tokens, self._finished, strict=True)
+        )
+
+    def first(self) -> Sequence[int]:
+        """Tokens of the first choice."""
+        return self._tokens[0]
+
+    def take(self, delta: TokenDelta) -> TokenDelta | None:
+        """What of `delta` is new, to be passed on. Raises EngineLost if tokens before it are missing."""
+        tokens = self._tokens[delta.index]
+        known = len(tokens) - delta.offset
+        if known < 0:
+            raise EngineLost(f"{-known} tokens were lost on their way")
+        if self._finished[delta.index]:
+            return None
+        if known:
+            delta = _from(delta, known)
+            if not delta.token_ids and delta.finish_reason is None:
+                return None
+        tokens += delta.token_ids
+        self._finished[delta.index] = delta.finish_reason is not None
+        return delta
+
+
+def _from(delta: TokenDelta, start: int) -> TokenDelta:
+    logprobs = None if delta.logprobs is None else delta.logprobs[start:]
+    return msgspec.structs.replace(
+        delta, offset=delta.offset + start, token_ids=delta.token_ids[start:], logprobs=logprobs
+    )
+
+
+@dataclass
+class Outage:
+    """The time in which a request has no engine, or loses them one after the other.
+
+    num_tokens: that had come before. since: its begin, on the monotonic clock.
+    """
+
+    num_tokens: int
+    since: float = field(default_factory=time.monotonic)
+    causes: list[str] = field(default_factory=list)
+
+    def note(self, cause: str, limit_s: float) -> None:
+        """One more engine is lost; `check`s."""
+        self.causes.append(cause)
+        self.check(limit_s)
+
+    def check(self, limit_s: float) -> None:
+        """Raises EngineFailure or EngineUnavailable, which tell what happened, when it is time to give up."""
+        told = f"{'; '.join(self.causes) or 'No engine takes requests'}. {self.num_tokens} tokens had come"
+        if len(self.causes) >= MAX_FRUITLESS:
+            raise EngineFailure(
+                f"{told}, and none from {len(self.causes)} engines in a row: the request may be at fault"
+            )
+        if time.monotonic() - self.since >= limit_s:
+            raise EngineUnavailable(f"{told}, and no engine went on within {limit_s:g} s")

@@ -1,0 +1,56 @@
+"""What is kept of a request, and when it is given up."""
+
+import pytest
+
+from deployments.engine.request import TokenDelta, TokenLogprobs
+from deployments.front.engine_client import EngineFailure, EngineUnavailable
+from deployments.front.replay import MAX_FRUITLESS, EngineLost, Outage, Transcript
+
+
+def delta(offset: int, tokens: list[int], finish: str | None = None, index: int = 0) -> TokenDelta:
+    logprobs = [TokenLogprobs(token, -1.0, 1, []) for token in tokens]
+    return TokenDelta("r", index, offset, tokens, logprobs, finish)
+
+
+def test_deltas_in_order_pass_unchanged():
+    transcript = Transcript(1)
+    for news in (delta(0, [5]), delta(1, [6, 7]), delta(3, [8], "length")):
+        assert transcript.take(news) is news
+    assert transcript.is_finished
+    assert transcript.outputs == (None,)
+
+
+def test_tokens_that_are_known_are_not_passed_on_again():
+    transcript = Transcript(1)
+    transcript.take(delta(0, [5, 6]))
+    assert transcript.take(delta(0, [5])) is None
+    news = transcript.take(delta(1, [6, 7]))
+    assert (news.offset, news.token_ids, [row.token_id for row in news.logprobs]) == (2, [7], [7])
+    assert transcript.outputs == ((5, 6, 7),)
+
+
+def test_a_hole_is_a_lost_engine():
+    transcript = Transcript(1)
+    transcript.take(delta(0, [5]))
+    with pytest.raises(EngineLost, match="2 tokens were lost"):
+        transcript.take(delta(3, [8]))
+
+
+def test_choices_are_apart_and_finished_ones_are_not_run_again():
+    transcript = Transcript(3)
+    transcript.take(delta(0, [5], "stop", index=1))
+    transcript.take(delta(0, [6], index=2))
+    assert transcript.take(delta(0, [5], "stop", index=1)) is None
+    assert transcript.outputs == ((), None, (6,))
+    assert (transcript.num_tokens, transcript.is_finished) == (2, False)
+
+
+def test_an_outage_ends_by_its_deadline_or_when_the_request_may_be_at_fault():
+    outage = Outage(3)
+    outage.note("Engine replica a died", 60)
+    with pytest.raises(EngineUnavailable, match=r"Engine replica a died\. 3 tokens had come, and no engine went on"):
+        outage.check(0)
+    for _ in range(MAX_FRUITLESS - 2):
+        outage.note("Engine replica b died", 60)
+    with pytest.raises(EngineFailure, match="may be at fault"):
+        outage.note("Engine replica c died", 60)
