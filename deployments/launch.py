@@ -114,6 +114,8 @@ class Launch:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a frozen one would hold its CPUs through a drain
+            # A front that dies before it answers: another gets the request (bodies up to 16 KB, HAProxy's buffer).
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("moray-haproxy")),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "admin.sock"),

@@ -21,6 +21,10 @@ from deployments.front.generation import Generation
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip."""
+KEEP_ALIVE_SECONDS = 10.0
+"""A stream that waits for tokens for longer, in a queue or for an engine, tells so, lest somebody cut it."""
 EVENT_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -85,21 +89,45 @@ class StreamedAnswer(Answer):
             except Exception as error:
                 raise from_engine(error) from error
             await _start(send)
-            await self._stream(first, pieces, send)
+            line = _Line(send)
+            keeping = asyncio.ensure_future(line.keep_alive())
+            try:
+                await self._stream(first, pieces, line)
+            finally:
+                keeping.cancel()
 
-    async def _stream(self, first: Piece, pieces: AsyncGenerator[Piece, None], send: Send) -> None:
+    async def _stream(self, first: Piece, pieces: AsyncGenerator[Piece, None], line: "_Line") -> None:
         event = self._form.event
         end = b""
         try:
-            await _send(send, self._form.opening() + event(first))
+            await line.send(self._form.opening() + event(first))
             async for piece in pieces:
-                data = event(piece)
-                if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                await line.send(event(piece))
             end = self._form.closing() + DONE
         except Exception as error:
             end = b"data: " + _told(error).body + b"\n\n"
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        await line.send(end, is_last=True)
+
+
+class _Line:
+    """To the client, once the response has started."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._num_sent = 0
+
+    async def send(self, data: bytes, is_last: bool = False) -> None:
+        if data or is_last:
+            self._num_sent += 1
+            await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+
+    async def keep_alive(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            before = self._num_sent
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            if self._num_sent == before:
+                await self.send(KEEP_ALIVE)
 
 
 def _told(error: Exception) -> ApiError:
@@ -114,11 +142,6 @@ async def _start(send: Send) -> None:
     headers = {"content-type": "text/event-stream; charset=utf-8", **EVENT_STREAM_HEADERS}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": raw})
-
-
-async def _send(send: Send, data: bytes) -> None:
-    if data:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 async def _disconnection(receive: Receive) -> None:

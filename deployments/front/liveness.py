@@ -16,7 +16,6 @@ from deployments.front.mailbox import DeltaQueue, Mailbox
 from deployments.front.replay import EngineLost
 
 CHECK_SECONDS = 0.1
-LATE_SECONDS = 1.0
 PROBE_SECONDS = 2.0
 SILENT = "fell silent"
 """The reason for suspicion that may prove wrong; others are told by Serve or by the engine itself."""
@@ -72,7 +71,7 @@ class Liveness:
             await asyncio.sleep(CHECK_SECONDS)
             now, before = time.monotonic(), last
             last = now
-            if now - before > LATE_SECONDS:
+            if now - before > self._timeout / 2:
                 continue  # this process itself stood still: what it has heard meanwhile is yet to be read
             self._listen(now)
             for attempt in self._attempts:

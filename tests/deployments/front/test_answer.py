@@ -115,3 +115,16 @@ async def test_a_failure_of_a_whole_answer_is_its_status(client, engine):
     engine.failure, engine.fails_after = EngineUnavailable("died"), 3
     response = await client.post("/v1/completions", json=TEXT)
     assert response.status_code == 503
+
+
+async def test_a_stream_that_waits_is_kept_alive(make_app, engine, monkeypatch):
+    monkeypatch.setattr("deployments.front.answer.KEEP_ALIVE_SECONDS", 0.05)
+    engine.hangs_after = 2
+    connection = Connection("/v1/completions", {**TEXT, "stream": True})
+    task = asyncio.create_task(make_app()(connection.scope, connection.receive, connection.send))
+    async with asyncio.timeout(5):
+        while sum(message.get("body") == b": keep-alive\n\n" for message in connection.sent) < 2:
+            await asyncio.sleep(0.01)
+    connection.left.set()
+    await task
+    assert engine.running == 0

@@ -24,6 +24,8 @@ from deployments.front.engine_router import Roster
 from deployments.front.mailbox import Mailbox
 from deployments.front.remote_engine import RemoteEngine
 
+HEARTBEAT_SECONDS = 0.8
+
 
 def raised(cause: Exception) -> Exception:
     """As Serve raises what a replica raised."""
@@ -126,7 +128,7 @@ async def engines() -> AsyncIterator[Callable[..., tuple[RemoteEngine, Roster]]]
         roster = Roster()
         roster.update(replica.name for replica in replicas)
         handle = Handle({replica.name: replica for replica in replicas})
-        return RemoteEngine("tiny", handle, mailbox, roster, 0.3, limit), roster
+        return RemoteEngine("tiny", handle, mailbox, roster, HEARTBEAT_SECONDS, limit), roster
 
     yield make
     mailbox.close()
@@ -189,7 +191,7 @@ async def test_a_silent_engine_is_waited_for_when_there_is_no_other(engines) -> 
     slow = Replica("a", 3, "silence")
     engine, _ = engines(slow)
     task = asyncio.create_task(take(engine))
-    await asyncio.sleep(0.8)
+    await asyncio.sleep(2 * HEARTBEAT_SECONDS)
     assert not task.done()
     assert len(slow.requests) == 1
     slow.thaw.set()
