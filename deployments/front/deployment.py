@@ -21,11 +21,11 @@ from deployments.config import AppConfig, ImageConfig, ModelConfig
 from deployments.engine.request import EngineDescription, VisionDescription
 from deployments.front.api import build_api
 from deployments.front.chat_template import ChatTemplate
-from deployments.front.engine_router import rosters
 from deployments.front.images import FetchPolicy, ImageFetcher, ImageReader, ImageSettings, ImageTokens
 from deployments.front.mailbox import Mailbox
 from deployments.front.metrics import FrontMetrics
 from deployments.front.remote_engine import RemoteEngine
+from deployments.front.roster import rosters
 from deployments.front.served_model import ServedModel
 from deployments.front.tokenizer import Tokenizer, open_tokenizer
 from deployments.metrics import Snapshot, render, snapshot

@@ -1,37 +1,9 @@
-"""Sends a call to the engine replica that the front chose. The choice itself is in placement.py.
-
-Serve makes one router for each deployment inside the process that calls it, and gives no way to
-hand it anything. So what the front must know of it, which replicas there are, stands in `rosters`.
-"""
-
-from collections import defaultdict
-from collections.abc import Iterable
+"""Sends a call to the engine replica that the front chose. The choice itself is in placement.py."""
 
 from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-
-class Roster:
-    """The replicas of one deployment as its router sees them, by Serve's ids. Safe to read from any thread.
-
-    replicas: those that take new requests. suspects: those, among them or not, that were found dead or silent,
-    and how it shows; liveness.py takes out again what proves alive.
-    """
-
-    def __init__(self) -> None:
-        self.replicas: tuple[str, ...] = ()
-        self.suspects: dict[str, str] = {}
-
-    @property
-    def trusted(self) -> list[str]:
-        return [replica for replica in self.replicas if replica not in self.suspects]
-
-    def update(self, replicas: Iterable[str]) -> None:
-        self.replicas = tuple(replicas)
-
-
-rosters: defaultdict[str, Roster] = defaultdict(Roster)
-"""By deployment name, of this process."""
+from deployments.front.roster import Roster, rosters
 
 
 class EngineRouter(RequestRouter):

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from deployments.front.engine_router import Roster
 from deployments.front.mailbox import DeltaQueue, Mailbox
 from deployments.front.replay import EngineLost
+from deployments.front.roster import Roster
 
 CHECK_SECONDS = 0.1
 PROBE_SECONDS = 2.0

@@ -16,10 +16,10 @@ from deployments.broadcast import ask_all
 from deployments.engine.request import EngineRequest, PromptImage, SamplingParams, TokenDelta
 from deployments.front import placement
 from deployments.front.call_errors import translated
-from deployments.front.engine_router import Roster
 from deployments.front.liveness import Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
 from deployments.front.replay import EngineLost, Outage, Transcript
+from deployments.front.roster import Roster
 
 LATE_TOKENS_SECONDS = 10.0
 """How long after its call's end a request's last tokens may arrive."""

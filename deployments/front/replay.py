@@ -14,7 +14,7 @@ import msgspec
 from deployments.engine.request import TokenDelta
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
 
-MAX_FRUITLESS = 3
+MAX_FRUITLESS = 4
 """Engines that may die in a row without giving a token before the request itself is under suspicion."""
 
 

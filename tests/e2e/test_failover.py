@@ -3,16 +3,19 @@
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.e2e.conftest import application
 from tests.e2e.streams import Record, every_kind, together
-from tests.stack import Stack, serve_yaml
+from tests.stack import ROOT, Stack, serve_yaml
 
 MODEL, MAX_TOKENS = "smollm2", 96
 REQUESTS = every_kind(MODEL, MAX_TOKENS)
@@ -73,13 +76,95 @@ def report(what: str, records: list[Record], before: list[Record]) -> None:
 async def test_a_dead_or_frozen_engine_costs_nothing(
     stack: Stack, undisturbed: list[Record], kind: signal.Signals
 ) -> None:
+    """Killed, another goes on at once. Frozen, its silence tells; Serve replaces it, and it never comes back."""
     await until_engines(stack, 2)
     pids: list[int] = []
     records = await together(stack.url, REQUESTS, strike(stack, kind, pids))
     report(kind.name, records, undisturbed)
-    assert [record.content for record in records] == [record.content for record in undisturbed]
+    assert_nothing_changed(records, undisturbed)
     begin = time.monotonic()
-    if kind == signal.SIGSTOP:
-        os.kill(pids[0], signal.SIGCONT)
+    await until_replaced(stack, pids[0], 2)
+    print(f"two engines again {time.monotonic() - begin:.1f} s later")
+    assert httpx.get(f"{stack.url}/health", timeout=30).status_code == 200
+
+
+async def test_an_engine_that_thaws_is_used_again_and_keeps_nothing(stack: Stack, undisturbed: list[Record]) -> None:
     await until_engines(stack, 2)
-    print(f"two engines again after {time.monotonic() - begin:.1f} s more")
+    pids: list[int] = []
+
+    async def freeze_and_thaw() -> None:
+        await strike(stack, signal.SIGSTOP, pids)()
+        await asyncio.sleep(5.0)
+        os.kill(pids[0], signal.SIGCONT)
+
+    records = await together(stack.url, REQUESTS, freeze_and_thaw)
+    report("SIGSTOP for 5 s", records, undisturbed)
+    assert_nothing_changed(records, undisturbed)
+    async with asyncio.timeout(30):
+        while any(engine["running"] or engine["waiting"] for engine in await asyncio.to_thread(engines, stack)):
+            await asyncio.sleep(0.2)
+    assert pids[0] in [engine["pid"] for engine in engines(stack)]
+
+
+async def test_requests_without_a_seed_get_all_their_tokens(stack: Stack) -> None:
+    await until_engines(stack, 2)
+    request = {"model": MODEL, "prompt": "An eel", "max_tokens": MAX_TOKENS, "ignore_eos": True, "n": 2}
+    pids: list[int] = []
+    records = await together(stack.url, [request] * 6, strike(stack, signal.SIGKILL, pids))
+    assert all(record.is_done and record.completion_tokens == 2 * MAX_TOKENS for record in records)
+    assert all(len(tokens) == MAX_TOKENS for record in records for tokens in record.tokens.values())
+    await until_replaced(stack, pids[0], 2)
+
+
+async def test_the_only_engine_dies_and_streams_wait_for_the_next(stack: Stack, undisturbed: list[Record]) -> None:
+    await deploy(stack, 1)
+    pids: list[int] = []
+    records = await together(stack.url, REQUESTS, strike(stack, signal.SIGKILL, pids))
+    report("SIGKILL of the only engine", records, undisturbed)
+    assert_nothing_changed(records, undisturbed)
+
+
+@pytest.mark.timeout(600)
+async def test_engines_come_and_go_under_load(stack: Stack, undisturbed: list[Record]) -> None:
+    await deploy(stack, 1)
+    scaling = asyncio.ensure_future(_scale(stack, 3, 1))
+    records: list[Record] = []
+    while not scaling.done():
+        records += await together(stack.url, REQUESTS)
+    await scaling
+    report("1 -> 3 -> 1", records, undisturbed * (len(records) // len(REQUESTS)))
+    assert_nothing_changed(records, undisturbed * (len(records) // len(REQUESTS)))
+
+
+async def _scale(stack: Stack, *counts: int) -> None:
+    for count in counts:
+        await asyncio.sleep(2.0)
+        await deploy(stack, count)
+
+
+async def deploy(stack: Stack, num_engines: int) -> None:
+    """`serve deploy` of the same application with another number of engines; returns when there are so many."""
+    line = next(line for line in stack.log.read_text().splitlines() if "serve deploy" in line)
+    dashboard = line.split(" -a ")[1].split()[0]
+    config = failover_yaml(num_engines)
+    config["http_options"] = yaml.safe_load(stack.config.read_text())["http_options"]
+    path = stack.config.with_name("changed.yaml")
+    path.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(path)]
+    environment = stack.environment | {"RAY_AUTH_MODE": "token"}
+    process = await asyncio.create_subprocess_exec(*command, env=environment, cwd=ROOT)
+    assert await asyncio.wait_for(process.wait(), 60) == 0
+    await until_engines(stack, num_engines)
+
+
+async def until_replaced(stack: Stack, pid: int, count: int) -> None:
+    async with asyncio.timeout(120):
+        while True:
+            pids = [engine["pid"] for engine in await asyncio.to_thread(engines, stack)]
+            if len(pids) == count and pid not in pids:
+                return
+            await asyncio.sleep(0.2)
+
+
+def assert_nothing_changed(records: list[Record], before: list[Record]) -> None:
+    assert [record.content for record in records] == [record.content for record in before]

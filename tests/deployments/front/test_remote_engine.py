@@ -20,9 +20,9 @@ from deployments.engine.request import (
     TokenDelta,
 )
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
-from deployments.front.engine_router import Roster
 from deployments.front.mailbox import Mailbox
 from deployments.front.remote_engine import RemoteEngine
+from deployments.front.roster import Roster
 
 HEARTBEAT_SECONDS = 0.8
 

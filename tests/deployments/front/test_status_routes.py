@@ -20,6 +20,12 @@ async def test_health_needs_every_engine(client, engine):
     assert "tiny" in response.json()["error"]["message"]
 
 
+async def test_cluster(client):
+    answer = (await client.get("/cluster")).json()
+    assert answer["fronts"] == [{"replica_id": "f0", "pid": 1, "host": "127.0.0.1"}]
+    assert answer["silent"] == {"engine-tiny": 1}
+
+
 async def test_version(client):
     assert (await client.get("/version")).json() == {"version": "0.0.1"}
 
