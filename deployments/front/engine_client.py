@@ -20,7 +20,8 @@ class EngineClient(Protocol):
     def generate(
         self, request_id: str, prompt: list[int], sampling: SamplingParams, n: int, images: tuple[PromptImage, ...] = ()
     ) -> AsyncGenerator[TokenDelta, None]:
-        """Deltas of all `n` choices, in order within each; ends when all have finished.
+        """Deltas of all `n` choices, in order within each; ends when all have finished. An engine that dies
+        meanwhile is replaced by another, and the deltas go on.
 
         Closing it aborts the request. Raises QueueFull, EngineUnavailable or EngineFailure.
         """

@@ -6,6 +6,7 @@ engine is lost, the request goes on at another with the tokens so far.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -20,6 +21,8 @@ from deployments.front.liveness import Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
 from deployments.front.replay import EngineLost, Outage, Transcript
 from deployments.front.roster import Roster
+
+logger = logging.getLogger(__name__)
 
 LATE_TOKENS_SECONDS = 10.0
 """How long after its call's end a request's last tokens may arrive."""
@@ -69,6 +72,7 @@ class RemoteEngine:
             except EngineLost as lost:
                 if transcript.num_tokens > outage.num_tokens:
                     outage = Outage(transcript.num_tokens)
+                logger.warning("%s: %s, after %d tokens", request_id, lost, transcript.num_tokens)
                 outage.note(str(lost), self._failover_timeout)
                 lost_at = engine
 

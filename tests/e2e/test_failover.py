@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import application
-from tests.e2e.streams import Record, every_kind, together
+from tests.e2e.streams import Record, every_kind, stream, together
 from tests.stack import ROOT, Stack, serve_yaml
 
 MODEL, MAX_TOKENS = "smollm2", 96
@@ -23,7 +23,8 @@ REQUESTS = every_kind(MODEL, MAX_TOKENS)
 
 def failover_yaml(num_engines: int) -> dict[str, Any]:
     config = serve_yaml(application(num_threads=1, max_num_batched_tokens=256))
-    (engine,) = (entry for entry in config["applications"][0]["deployments"] if entry["name"] == f"engine-{MODEL}")
+    front, engine = config["applications"][0]["deployments"]
+    front |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.2}}
     engine |= {"num_replicas": num_engines, "ray_actor_options": {"num_cpus": 0.4}}
     return config
 
@@ -122,6 +123,25 @@ async def test_the_only_engine_dies_and_streams_wait_for_the_next(stack: Stack, 
     records = await together(stack.url, REQUESTS, strike(stack, signal.SIGKILL, pids))
     report("SIGKILL of the only engine", records, undisturbed)
     assert_nothing_changed(records, undisturbed)
+
+
+async def test_a_front_dies_and_what_it_had_not_begun_to_answer_is_asked_again(stack: Stack) -> None:
+    """Its streams break, which a client sees; answers in one piece come from the other front."""
+    request = {"model": MODEL, "prompt": "An eel", "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=stack.url, timeout=120) as client:
+        fronts = (await client.get("/cluster")).json()["fronts"]
+        assert len(fronts) == 2
+        whole = [asyncio.ensure_future(client.post("/v1/completions", json=request)) for _ in range(8)]
+        streams = [asyncio.ensure_future(stream(client, request)) for _ in range(8)]
+        await asyncio.sleep(1.5)
+        os.kill(fronts[0]["pid"], signal.SIGKILL)
+        answers = await asyncio.gather(*whole)
+        ended = await asyncio.gather(*streams, return_exceptions=True)
+    broken = sum(isinstance(end, httpx.TransportError) for end in ended)
+    print(f"front killed: {broken} of 8 streams broke, {sum(a.status_code == 200 for a in answers)} of 8 answers came")
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert {answer.json()["choices"][0]["text"] for answer in answers} == {answers[0].json()["choices"][0]["text"]}
+    assert all(isinstance(end, httpx.TransportError) or end.is_done for end in ended)
 
 
 @pytest.mark.timeout(600)

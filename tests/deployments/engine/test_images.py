@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,3 +173,17 @@ async def test_a_model_without_eyes_refuses_images(start):
     each = image(1, 2, 4)
     with pytest.raises(ValueError, match="sees no images"):
         await front.engine.generate(make_request("r", prompt(20, each), to=front.inbox.address, images=(each,)))
+
+
+@pytest.mark.parametrize("known", [0, 9])
+async def test_a_request_that_another_engine_began_sees_its_images(start, known):
+    front = start(max_num_batched_tokens=23)
+    images = (image(1, 3, 2, gap=1), image(2, 9, 30))
+    tokens = prompt(60, *images)
+    expected = answer(tokens, images, 20)
+    front.outputs["r", 0] = expected[:known]
+    request = make_request("r", tokens, 20, to=front.inbox.address, images=images)
+    async with asyncio.timeout(20):
+        await front.engine.generate(replace(request, outputs=(tuple(expected[:known]),)))
+    await front.until(lambda: len(front.outputs["r", 0]) == 20)
+    assert front.outputs["r", 0] == expected
