@@ -25,7 +25,7 @@ from deployments.front.images import FetchPolicy, ImageFetcher, ImageReader, Ima
 from deployments.front.mailbox import Mailbox
 from deployments.front.metrics import FrontMetrics
 from deployments.front.remote_engine import RemoteEngine
-from deployments.front.roster import rosters
+from deployments.front.roster import roster_of
 from deployments.front.served_model import ServedModel
 from deployments.front.tokenizer import Tokenizer, open_tokenizer
 from deployments.metrics import Snapshot, render, snapshot
@@ -75,7 +75,7 @@ class Front:
                 model.id,
                 handle,
                 self._mailbox,
-                rosters[f"engine-{model.id}"],
+                roster_of(f"engine-{model.id}"),
                 self._config.front.heartbeat_timeout_s,
                 self._config.front.failover_timeout_s,
             ),

@@ -3,24 +3,31 @@
 from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.front.roster import Roster, rosters
+from deployments.front.roster import Roster, roster_of
 
 
 class EngineRouter(RequestRouter):
     """A call's `session_id` names its replica. It goes there or, when that is gone, nowhere: its caller has a
-    deadline and knows better where to try next. Calls without one go to any replica."""
+    deadline and knows better where to try next. Calls without one go to any replica.
+
+    Serve repeats a call whose connection broke; a `generate` must not be, since the front goes on with the tokens
+    that it has. So none goes to a suspect.
+    """
 
     @property
     def _roster(self) -> Roster:
-        return rosters[self._deployment_id.name]
+        return roster_of(self._deployment_id.name)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        target = pending_request.metadata.session_id if pending_request else ""
-        if pending_request:
-            pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
-        chosen = [replica for replica in candidate_replicas if target in ("", replica.replica_id.unique_id)]
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
+        call = pending_request.metadata
+        if call.call_method == "generate" and call.session_id in self._roster.suspects:
+            return []
+        chosen = [replica for replica in candidate_replicas if call.session_id in ("", replica.replica_id.unique_id)]
         for replica in chosen:
             self._spare_probe(replica.replica_id)
         return [chosen] if chosen else []

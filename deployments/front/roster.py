@@ -1,7 +1,8 @@
 """Which engine replicas there are, as Serve's routers in this process tell.
 
 Serve makes a deployment's router inside the process that calls it, from a copy of the router's whole module, and
-gives no way to hand it anything. So what a front must learn from it stands in `rosters`, in a module of its own.
+gives no way to hand it anything. So what a front must learn from it stands here: functions of other modules are
+not copied.
 """
 
 from collections import defaultdict
@@ -27,5 +28,9 @@ class Roster:
         self.replicas = tuple(replicas)
 
 
-rosters: defaultdict[str, Roster] = defaultdict(Roster)
-"""By deployment name, of this process."""
+_rosters: defaultdict[str, Roster] = defaultdict(Roster)
+
+
+def roster_of(deployment: str) -> Roster:
+    """The one roster of that deployment in this process."""
+    return _rosters[deployment]
