@@ -140,11 +140,15 @@ class Front:
     last: dict[tuple[str, int], TokenDelta] = field(default_factory=dict)
     cached: dict[tuple[str, int], int] = field(default_factory=dict)
     messages: int = 0
+    beats: int = 0
+    engine_id: str = ""
 
     async def listen(self) -> None:
         while True:
             message = msgspec.msgpack.decode(await self.inbox.receive(), type=StepMessage)
-            self.messages += 1
+            self.messages += bool(message.deltas)
+            self.beats += not message.deltas
+            self.engine_id = message.engine
             for delta in message.deltas:
                 key = (delta.request_id, delta.index)
                 tokens = self.outputs.setdefault(key, [])

@@ -1,6 +1,8 @@
 """The step thread with a fake executor and a real channel: what a front would see."""
 
 import asyncio
+import os
+import time
 from collections.abc import Callable
 
 import pytest
@@ -154,3 +156,26 @@ async def test_description_and_metrics(start: Callable, request_of: Callable) ->
     assert values["vllm:prefix_cache_hits_total"] == 32
     assert values["vllm:num_requests_running"] == values["vllm:kv_cache_usage_perc"] == 0
     assert values["vllm:request_queue_time_seconds_count"] == values["vllm:request_decode_time_seconds_count"] == 2
+
+
+async def test_a_heartbeat_comes_while_a_step_takes_long_and_only_where_requests_came_from(
+    start: Callable, request_of: Callable
+) -> None:
+    front = start(before=lambda _: time.sleep(1.3))
+    await asyncio.sleep(0.7)
+    assert front.beats == 0
+    await front.engine.generate(request_of("r", [1], 1, to=front.inbox.address))
+    await front.until(lambda: front.messages == 1)
+    assert 1 <= front.beats <= 3
+    assert front.engine_id == front.engine.status().replica_id
+
+
+async def test_status(start: Callable, request_of: Callable) -> None:
+    front = start(before=lambda _: time.sleep(0.2), max_num_seqs=1)
+    address = front.inbox.address
+    calls = asyncio.gather(*(front.engine.generate(request_of(str(i), [i], 3, to=address)) for i in range(2)))
+    await front.until(lambda: bool(front.outputs))
+    status = front.engine.status()
+    assert (status.model, status.pid, status.running, status.waiting) == ("fake", os.getpid(), 1, 1)
+    assert 0 < status.kv_cache_usage < 0.1
+    await calls
