@@ -100,6 +100,8 @@ class StepLoop:
         """What is wrong, if this engine can no longer work."""
         if self._ended is None or self._ended.done():
             return "the step thread is not running"
+        if self._stopping:
+            return "it is stopping"
         if self._consecutive_failures >= FAILURES_UNTIL_UNHEALTHY:
             return f"the last {self._consecutive_failures} steps failed"
         return None

@@ -35,17 +35,28 @@ class Liveness:
     """Watches the attempts of one front at the engines of one deployment.
 
     probe: asks an engine whether it lives; raises if it does not answer.
-    heartbeat_timeout_s: a longer silence makes an engine suspect.
+    heartbeat_timeout_s: a longer silence makes an engine suspect. patience_s: even an engine that is the only one is
+    left after so long a silence.
     """
 
     def __init__(
-        self, roster: Roster, mailbox: Mailbox, probe: Callable[[str], Awaitable[None]], heartbeat_timeout_s: float
+        self,
+        roster: Roster,
+        mailbox: Mailbox,
+        probe: Callable[[str], Awaitable[None]],
+        heartbeat_timeout_s: float,
+        patience_s: float,
     ) -> None:
         self._roster, self._mailbox, self._probe = roster, mailbox, probe
-        self._timeout = heartbeat_timeout_s
+        self._timeout, self._patience = heartbeat_timeout_s, patience_s
         self._attempts: set[Attempt] = set()
         self._probing: dict[str, asyncio.Task[None]] = {}
         self._checking: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to watch, in the running event loop; called again it does nothing."""
+        if self._checking is None:
+            self._checking = asyncio.get_running_loop().create_task(self._check())
 
     def outstanding(self, engine: str) -> int:
         """Tokens that this front's requests leave an engine to compute."""
@@ -54,8 +65,6 @@ class Liveness:
     @contextmanager
     def watched(self, attempt: Attempt) -> Iterator[None]:
         """Meanwhile the attempt's deltas fail with EngineLost when its engine is found dead or silent."""
-        if self._checking is None:
-            self._checking = asyncio.get_running_loop().create_task(self._check())
         self._attempts.add(attempt)
         try:
             yield
@@ -73,23 +82,22 @@ class Liveness:
             last = now
             if now - before > self._timeout / 2:
                 continue  # this process itself stood still: what it has heard meanwhile is yet to be read
-            self._listen(now)
             for attempt in self._attempts:
-                if must_leave(self._roster, attempt.engine):
-                    why = self._roster.suspects[attempt.engine]
+                silence = now - max(attempt.begun, self._mailbox.heard(attempt.engine))
+                self._listen(attempt, silence)
+                why = reason_to_leave(self._roster, attempt.engine, silence > self._patience)
+                if why is not None:
                     attempt.deltas.fail(EngineLost(f"Engine replica {attempt.engine} {why}"))
-            for engine in self._roster.suspects.keys() - self._probing.keys():
+            for engine in set(self._roster.suspects) - self._probing.keys():
                 self._probing[engine] = asyncio.create_task(self._until_it_answers(engine))
 
-    def _listen(self, now: float) -> None:
-        """Suspects the engines that have been silent, and no longer those that have not."""
-        suspects = self._roster.suspects
-        for attempt in self._attempts:
-            silence = now - max(attempt.begun, self._mailbox.heard(attempt.engine))
-            if silence > self._timeout:
-                suspects.setdefault(attempt.engine, SILENT)
-            elif suspects.get(attempt.engine) == SILENT and self._mailbox.heard(attempt.engine) > attempt.begun:
-                del suspects[attempt.engine]
+    def _listen(self, attempt: Attempt, silence: float) -> None:
+        """Suspects an engine that has been silent, and no longer one that was and is heard again."""
+        suspects, engine = self._roster.suspects, attempt.engine
+        if silence > self._timeout:
+            suspects.setdefault(engine, SILENT)
+        elif suspects.get(engine) == SILENT and self._mailbox.heard(engine) > attempt.begun:
+            del suspects[engine]
 
     async def _until_it_answers(self, engine: str) -> None:
         """Takes an engine off the suspects when it answers, or when Serve has given it up."""
@@ -103,12 +111,12 @@ class Liveness:
         del self._probing[engine]
 
 
-def must_leave(roster: Roster, engine: str) -> bool:
-    """Whether the requests at `engine` should go on elsewhere.
+def reason_to_leave(roster: Roster, engine: str, is_hopeless: bool) -> str | None:
+    """Why the requests at `engine` should go on elsewhere, if they should.
 
-    One that is silent may only be slow: its requests stay as long as there is no other engine to go to.
+    One that is silent may only be slow: its requests stay while there is no other engine to go to and hope is left.
     """
     why = roster.suspects.get(engine)
-    if why == SILENT:
-        return bool(roster.trusted) or engine not in roster.replicas
-    return why is not None
+    if why == SILENT and not roster.trusted and engine in roster.replicas and not is_hopeless:
+        return None
+    return why

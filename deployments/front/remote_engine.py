@@ -7,6 +7,7 @@ engine is lost, the request goes on at another with the tokens so far.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -14,12 +15,13 @@ from itertools import count
 from typing import Any
 
 from deployments.broadcast import ask_all
-from deployments.engine.request import EngineRequest, PromptImage, SamplingParams, TokenDelta
+from deployments.engine.request import EngineRequest, EngineStopping, PromptImage, SamplingParams, TokenDelta
 from deployments.front import placement
 from deployments.front.call_errors import translated
+from deployments.front.engine_client import EngineUnavailable
 from deployments.front.liveness import Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
-from deployments.front.replay import EngineLost, Outage, Transcript
+from deployments.front.replay import EngineLost, Losses, Transcript
 from deployments.front.roster import Roster
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class RemoteEngine:
     ) -> None:
         self._model, self._handle, self._mailbox, self._roster = model, handle, mailbox, roster
         self._failover_timeout = failover_timeout_s
-        self._liveness = Liveness(roster, mailbox, self._probe, heartbeat_timeout_s)
+        self._liveness = Liveness(roster, mailbox, self._probe, heartbeat_timeout_s, failover_timeout_s)
         self._prefixes = placement.PrefixMemory()
         self._ending: set[asyncio.Future[None]] = set()
 
@@ -59,9 +61,10 @@ class RemoteEngine:
     ) -> AsyncGenerator[TokenDelta, None]:
         """See `EngineClient.generate`."""
         request = EngineRequest(request_id, prompt, sampling, self._mailbox.address, n, images)
-        transcript, outage, lost_at = Transcript(n), Outage(0), ""
+        transcript, losses, lost_at = Transcript(n), Losses(), ""
+        self._liveness.start()
         for number in count():
-            engine = await self._engine_for(request, lost_at, outage)
+            engine = await self._engine_for(request, lost_at, losses)
             outputs = transcript.outputs if number else ()
             attempt = replace(request, request_id=f"{request_id}.{number}", outputs=outputs)
             try:
@@ -70,10 +73,8 @@ class RemoteEngine:
                         yield delta
                 return
             except EngineLost as lost:
-                if transcript.num_tokens > outage.num_tokens:
-                    outage = Outage(transcript.num_tokens)
                 logger.warning("%s: %s, after %d tokens", request_id, lost, transcript.num_tokens)
-                outage.note(str(lost), self._failover_timeout)
+                losses.add(str(lost), transcript.num_tokens)
                 lost_at = engine
 
     async def is_healthy(self) -> bool:
@@ -81,13 +82,16 @@ class RemoteEngine:
         answers = await ask_all(self._handle, "check_health")
         return bool(answers) and not any(isinstance(answer, BaseException) for answer in answers)
 
-    async def _engine_for(self, request: EngineRequest, lost_at: str, outage: Outage) -> str:
-        """Waits for an engine that takes requests; not `lost_at` if there is another."""
+    async def _engine_for(self, request: EngineRequest, lost_at: str, losses: Losses) -> str:
+        """Waits for an engine that takes requests; not `lost_at` if there is another. Raises EngineUnavailable."""
+        deadline = time.monotonic() + self._failover_timeout
         while not (trusted := self._roster.trusted):
-            outage.check(self._failover_timeout)
+            if time.monotonic() >= deadline:
+                raise EngineUnavailable(f"{losses}, and no engine took over within {self._failover_timeout:g} s")
             await asyncio.sleep(RETRY_SECONDS)
-        if lost_at in trusted:
-            await asyncio.sleep(RETRY_SECONDS)  # what made it lose the request may be over by then
+        if trusted == [lost_at]:
+            # What made it lose the request may be over after a while.
+            await asyncio.sleep(RETRY_SECONDS * 4 ** len(losses.causes))
         names = placement.prefixes(request.prompt, request.images) if len(trusted) > 1 else []
         candidates = [
             placement.Candidate(
@@ -132,6 +136,8 @@ class RemoteEngine:
             deltas.fail(EngineLost(f"The call of engine replica {engine} was cancelled"))
             raise
         except Exception as error:
+            if isinstance(getattr(error, "cause", None), EngineStopping):
+                self._liveness.suspect(engine, "is stopping")
             deltas.fail(translated(error, self._model, engine))
 
     async def _probe(self, engine: str) -> None:

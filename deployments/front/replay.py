@@ -5,14 +5,13 @@ penalties and limits are functions of the tokens so far. So the prompt and these
 request's state, and the stream goes on token for token.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from deployments.engine.request import TokenDelta
-from deployments.front.engine_client import EngineFailure, EngineUnavailable
+from deployments.front.engine_client import EngineFailure
 
 MAX_FRUITLESS = 4
 """Engines that may die in a row without giving a token before the request itself is under suspicion."""
@@ -73,27 +72,20 @@ def _from(delta: TokenDelta, start: int) -> TokenDelta:
 
 
 @dataclass
-class Outage:
-    """The time in which a request has no engine, or loses them one after the other.
+class Losses:
+    """The engines that a request lost in a row. num_tokens: those that had come before the last."""
 
-    num_tokens: that had come before. since: its begin, on the monotonic clock.
-    """
-
-    num_tokens: int
-    since: float = field(default_factory=time.monotonic)
+    num_tokens: int = 0
     causes: list[str] = field(default_factory=list)
 
-    def note(self, cause: str, limit_s: float) -> None:
-        """One more engine is lost; `check`s."""
-        self.causes.append(cause)
-        self.check(limit_s)
+    def __str__(self) -> str:
+        return f"{'; '.join(self.causes) or 'No engine takes requests'}. {self.num_tokens} tokens had come"
 
-    def check(self, limit_s: float) -> None:
-        """Raises EngineFailure or EngineUnavailable, which tell what happened, when it is time to give up."""
-        told = f"{'; '.join(self.causes) or 'No engine takes requests'}. {self.num_tokens} tokens had come"
+    def add(self, cause: str, num_tokens: int) -> None:
+        """Raises EngineFailure when too many engines were lost without one more token."""
+        if num_tokens > self.num_tokens:
+            self.causes.clear()
+        self.num_tokens = num_tokens
+        self.causes.append(cause)
         if len(self.causes) >= MAX_FRUITLESS:
-            raise EngineFailure(
-                f"{told}, and none from {len(self.causes)} engines in a row: the request may be at fault"
-            )
-        if time.monotonic() - self.since >= limit_s:
-            raise EngineUnavailable(f"{told}, and no engine went on within {limit_s:g} s")
+            raise EngineFailure(f"{self}, none from {len(self.causes)} engines in a row: the request may be at fault")

@@ -265,3 +265,33 @@ async def test_lost_last_tokens_are_noticed(engines, monkeypatch: pytest.MonkeyP
     engine, _ = engines(replica)
     assert await take(engine) == expected()
     assert replica.requests[1].outputs == ((0, 1),)
+
+
+async def test_a_suspect_that_lives_is_used(engines) -> None:
+    replica = Replica("a")
+    engine, roster = engines(replica)
+    roster.suspects["a"] = "broke its connection"
+    assert await take(engine) == expected()
+    assert replica.probes == 1
+
+
+async def test_a_long_wait_at_an_engine_is_no_reason_to_give_up_when_it_dies(engines) -> None:
+    """The time in a queue once counted as time without an engine."""
+    dying = Replica("a", 0, "silence", once=True)
+    engine, roster = engines(dying, limit=0.5)
+
+    async def beat() -> None:
+        while True:
+            engine._mailbox._heard["a"] = asyncio.get_running_loop().time()
+            await asyncio.sleep(0.1)
+
+    beating = asyncio.create_task(beat())
+    task = asyncio.create_task(take(engine))
+    await asyncio.sleep(1.2)
+    roster.suspects["a"] = "died"
+    roster.update(())
+    await asyncio.sleep(0.3)
+    dying.thaw.set()
+    roster.update("a")
+    assert await task == expected()
+    beating.cancel()

@@ -3,8 +3,8 @@
 import pytest
 
 from deployments.engine.request import TokenDelta, TokenLogprobs
-from deployments.front.engine_client import EngineFailure, EngineUnavailable
-from deployments.front.replay import MAX_FRUITLESS, EngineLost, Outage, Transcript
+from deployments.front.engine_client import EngineFailure
+from deployments.front.replay import MAX_FRUITLESS, EngineLost, Losses, Transcript
 
 
 def delta(offset: int, tokens: list[int], finish: str | None = None, index: int = 0) -> TokenDelta:
@@ -45,12 +45,18 @@ def test_choices_are_apart_and_finished_ones_are_not_run_again():
     assert (transcript.num_tokens, transcript.is_finished) == (2, False)
 
 
-def test_an_outage_ends_by_its_deadline_or_when_the_request_may_be_at_fault():
-    outage = Outage(3)
-    outage.note("Engine replica a died", 60)
-    with pytest.raises(EngineUnavailable, match=r"Engine replica a died\. 3 tokens had come, and no engine went on"):
-        outage.check(0)
+def test_a_request_that_engines_die_of_is_given_up_unless_tokens_come():
+    losses = Losses()
+    for number in range(10):
+        losses.add("Engine replica a died", number + 1)
     for _ in range(MAX_FRUITLESS - 2):
-        outage.note("Engine replica b died", 60)
-    with pytest.raises(EngineFailure, match="may be at fault"):
-        outage.note("Engine replica c died", 60)
+        losses.add("Engine replica b died", 10)
+    with pytest.raises(EngineFailure, match=r"a died; .*b died; .*c died\. 10 tokens had come, none from 4 engines"):
+        losses.add("Engine replica c died", 10)
+
+
+def test_losses_tell_what_happened():
+    losses = Losses()
+    assert str(losses) == "No engine takes requests. 0 tokens had come"
+    losses.add("Engine replica a died", 3)
+    assert str(losses) == "Engine replica a died. 3 tokens had come"
