@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(name)")' 2>/dev/null)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model serve stop test test-slow check lock
+.PHONY: help setup setup-dev model serve stop plan test test-slow check lock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ serve: setup model  ## serve CONFIG (configs/quickstart.yaml) on this machine un
 
 stop: setup  ## end what `make serve` started
 	@$(BIN)/python -m deployments.local stop
+
+plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (ARGS="--gpu-memory 80GB")
+	@$(BIN)/python -m deployments.plan $(CONFIG) $(ARGS)
 
 SLOW_TESTS := tests/e2e/test_invariance.py tests/examples
 

@@ -49,6 +49,17 @@ class EngineConfig(_Config):
     """Requests that may wait beyond those that run; one more is answered 429."""
     num_threads: int | None = Field(default=None, gt=0)
     """torch threads; `None` takes every CPU this process may use."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """Ranks that share each layer."""
+    pipeline_parallel_size: int = Field(default=1, gt=0)
+    """Stages that the layers are cut into."""
+
+
+class ExpertsConfig(_Config):
+    """Routed experts on servers of their own: the deployment `experts-<id>`."""
+
+    copies: int = Field(default=2, gt=0)
+    """Servers that hold each expert."""
 
 
 class ModelConfig(_Config):
@@ -65,6 +76,8 @@ class ModelConfig(_Config):
     max_image_tiles: int = Field(default=16, gt=0)
     """Most tiles that an image is cut into, the one that shows all of it not counted; as the model was trained."""
     engine: EngineConfig = EngineConfig()
+    experts: ExpertsConfig | None = None
+    """`None` keeps the routed experts in the engine's ranks."""
 
 
 class ImageConfig(_Config):
@@ -114,11 +127,16 @@ class AppConfig(_Config):
 
 def read(args: dict[str, Any]) -> AppConfig:
     """`args` checked, its paths absolute. Raises ConfigError."""
+    config = parse(args)
+    return config.model_copy(update={"models": tuple(_with_absolute_paths(model) for model in config.models)})
+
+
+def parse(args: dict[str, Any]) -> AppConfig:
+    """`args` checked, but not whether what its paths name is on this machine. Raises ConfigError."""
     try:
-        config = AppConfig.model_validate(args)
+        return AppConfig.model_validate(args)
     except ValidationError as error:
         raise ConfigError("\n".join(_fault(fault) for fault in error.errors())) from None
-    return config.model_copy(update={"models": tuple(_with_absolute_paths(model) for model in config.models)})
 
 
 def _fault(fault: Any) -> str:

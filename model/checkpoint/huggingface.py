@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.args import ModelArgs
 from model.checkpoint.checkpoint import Checkpoint
 from model.checkpoint.config import read_json, required
 from model.checkpoint.errors import CheckpointError
@@ -26,9 +27,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def open_huggingface(folder: Path) -> Checkpoint:
     """Opens the model in `folder`."""
     origin = folder / "config.json"
-    config = read_json(origin)
-    architecture = _architecture(config, origin)
-    args = args_of(config, architecture, origin)
+    architecture = _architecture(read_json(origin), origin)
+    args = read_args(origin)
     stored = {
         name: Mapped(tensor)
         for name, tensor in _tensors(folder).items()
@@ -38,6 +38,12 @@ def open_huggingface(folder: Path) -> Checkpoint:
         return Checkpoint(str(folder), args, meta_sources(stored, args, halves=architecture.halves))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def read_args(origin: Path) -> ModelArgs:
+    """What the config.json at `origin` describes; no weights need to be there."""
+    config = read_json(origin)
+    return args_of(config, _architecture(config, origin), origin)
 
 
 def _architecture(config: dict[str, Any], origin: Path) -> Architecture:

@@ -65,6 +65,17 @@ def open_meta(folder: Path) -> Checkpoint:
     return Checkpoint(str(folder), _args(params, origin, sources), sources)
 
 
+def read_args(folder: Path) -> ModelArgs:
+    """What the params.json in `folder` describes; where it leaves it to the weights, they must be there."""
+    origin = folder / "params.json"
+    params = read_json(origin)
+    if any(_SHARD.fullmatch(path.name) for path in folder.iterdir()):
+        return open_meta(folder).args
+    if params.get("vocab_size", -1) < 0:
+        raise CheckpointError(f"{origin} has no vocab_size, and no consolidated.*.pth is there to tell")
+    return _args({"tie_word_embeddings": False, **params}, origin, {})
+
+
 def _files(folder: Path) -> list[Path]:
     numbered = {int(match[1]): path for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
     if not numbered:

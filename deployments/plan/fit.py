@@ -1,0 +1,145 @@
+"""What does not fit, and the nearest change that would. Pure: decided from sizes alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from deployments.plan.needs import ExpertNeeds, Layout, Model, ModelNeeds, RankNeeds, kv_budget, kv_tokens
+from model.checkpoint.errors import CheckpointError
+from model.checkpoint.slices import possible_world_sizes
+
+MOST_STAGES = 16
+"""Remedies propose no more pipeline stages than this."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """what: who does not fit where, in bytes people can read. remedy: the nearest that would do."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, and of an expert server; None where nothing tells. headroom: the share left to all else."""
+
+    rank: int | None
+    server: int | None
+    headroom: float
+
+    def room(self, memory: int | None) -> int | None:
+        return None if memory is None else int(memory * (1 - self.headroom))
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def check(model: Model, layout: Layout, memory: Memory) -> tuple[ModelNeeds | None, list[Fault]]:
+    """The needs of `layout`, None if the model cannot be cut that way, and everything that does not fit."""
+    if layout.pipeline_parallel_size > model.args.n_layers:
+        what = f"pipeline_parallel_size {layout.pipeline_parallel_size} is above the {model.args.n_layers} layers"
+        return None, [Fault(what, f"set pipeline_parallel_size to at most {model.args.n_layers}")]
+    undivided = _undivided(model, layout)
+    if undivided is not None:
+        return None, [undivided]
+    needs = model.needs(layout)
+    return needs, [*_rank_faults(model, layout, needs, memory), *_expert_faults(needs.experts, memory)]
+
+
+def _undivided(model: Model, layout: Layout) -> Fault | None:
+    possible, size = possible_world_sizes(model.args), layout.tensor_parallel_size
+    if size in possible:
+        return None
+    nearest = min(possible, key=lambda other: (abs(other - size), -other))
+    what = f"tensor_parallel_size {size} does not divide the model (these do: {', '.join(map(str, possible))})"
+    return Fault(what, f"set tensor_parallel_size to {nearest}")
+
+
+def _rank_faults(model: Model, layout: Layout, needs: ModelNeeds, memory: Memory) -> Iterator[Fault]:
+    room = memory.room(memory.rank)
+    if room is not None:
+        for rank in needs.ranks:
+            wanted = rank.fixed + _kv_wanted(rank, model)
+            if wanted > room:
+                what = (
+                    f"a rank of stage {rank.stage} needs {gib(wanted)} (weights {gib(rank.weights)}, "
+                    f"rotary tables {gib(rank.rotary)}, keys and values {gib(_kv_wanted(rank, model))}) "
+                    f"and may fill {gib(room)} of {gib(memory.rank or 0)}"
+                )
+                yield Fault(what, _rank_remedy(model, layout, rank, room))
+                return
+    tokens = kv_tokens(needs, model.engine, room)
+    if tokens is not None and tokens < needs.max_model_len:
+        bytes_needed = max(rank.kv_per_token for rank in needs.ranks) * needs.max_model_len
+        yield Fault(
+            f"keys and values of {tokens:,} tokens fit, fewer than max_model_len ({needs.max_model_len:,})",
+            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to {gib(bytes_needed)}",
+        )
+
+
+def _kv_wanted(rank: RankNeeds, model: Model) -> int:
+    """What the YAML asks for; where it leaves that open, one sequence of full length."""
+    return kv_budget(rank, model.engine, None) or rank.kv_per_token * model.max_model_len
+
+
+def _rank_remedy(model: Model, layout: Layout, rank: RankNeeds, room: int) -> str:
+    one_sequence = rank.kv_per_token * model.max_model_len
+    if model.engine.kv_cache_memory is not None and rank.fixed + one_sequence <= room:
+        return f"set kv_cache_memory to at most {gib(room - rank.fixed)}"
+    wider = next((other for other in _wider(model, layout) if _fits(model, other, room)), None)
+    if wider is not None:
+        return (
+            f"set tensor_parallel_size to {wider.tensor_parallel_size} and pipeline_parallel_size to "
+            f"{wider.pipeline_parallel_size}"
+        )
+    if model.args.moe_args is not None and layout.servers is None:
+        return f"put the routed experts on servers: `experts:` of the model and num_replicas of its {'experts-<id>'}"
+    if rank.fixed < room:
+        return f"set max_model_len to at most {(room - rank.fixed) // rank.kv_per_token:,}"
+    return "give ranks more memory: no tensor- and pipeline-parallel size makes this fit"
+
+
+def _wider(model: Model, layout: Layout) -> list[Layout]:
+    """Layouts of more ranks, the fewest first; of as many ranks, the fewest stages first."""
+    now = layout.tensor_parallel_size * layout.pipeline_parallel_size
+    others = [
+        replace(layout, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        for tensor in possible_world_sizes(model.args)
+        for pipeline in range(1, min(MOST_STAGES, model.args.n_layers) + 1)
+        if tensor * pipeline > now
+    ]
+    return sorted(others, key=lambda o: (o.tensor_parallel_size * o.pipeline_parallel_size, o.pipeline_parallel_size))
+
+
+def _fits(model: Model, layout: Layout, room: int) -> bool:
+    try:
+        needs = model.needs(layout)
+    except CheckpointError:
+        return False
+    return all(rank.fixed + _kv_wanted(rank, model) <= room for rank in needs.ranks)
+
+
+def _expert_faults(experts: ExpertNeeds | None, memory: Memory) -> Iterator[Fault]:
+    if experts is None:
+        return
+    if experts.copies > experts.servers:
+        yield Fault(
+            f"{experts.copies} copies of every expert need as many servers, there are {experts.servers}",
+            f"set num_replicas of the experts to at least {experts.copies}, or copies to {experts.servers}",
+        )
+    room = memory.room(memory.server)
+    if room is None or experts.most <= room:
+        return
+    held = room // experts.each
+    if not held:
+        remedy = "give expert servers more memory: not one expert fits"
+    else:
+        remedy = f"set num_replicas of the experts to {-(-experts.num_experts * experts.copies // held)}"
+        fewer = held * experts.servers // experts.num_experts
+        remedy += f", or copies to {fewer}" if fewer else ""
+    yield Fault(
+        f"an expert server needs {gib(experts.most)} ({experts.most_experts} of {experts.num_experts} experts, "
+        f"{gib(experts.each)} each) and may fill {gib(room)} of {gib(memory.server or 0)}",
+        remedy,
+    )
