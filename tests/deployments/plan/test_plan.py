@@ -86,7 +86,7 @@ def test_a_proposed_split_fits() -> None:
     """Whatever the memory, following the remedy leads to a plan without faults."""
     model = Model(ModelArgs.model_validate(SMALL), EngineConfig(max_model_len=64))
     proposed = set()
-    for memory in (Memory(rank=50_000 * step, server=None, headroom=0.0) for step in range(1, 80)):
+    for memory in (Memory(rank=50_000 * step, server=None, headroom=0.0) for step in range(1, 200)):
         _, found = check(model, Layout(), memory)
         for words in (
             fault.remedy.removeprefix("set ").split() for fault in found if "tensor_parallel_size to" in fault.remedy
