@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from deployments.plan.needs import ExpertNeeds, Layout, Model, ModelNeeds, RankNeeds, kv_budget, kv_tokens
-from model.checkpoint.errors import CheckpointError
 from model.checkpoint.slices import possible_world_sizes
 
 MOST_STAGES = 16
@@ -31,8 +30,10 @@ class Memory:
         return None if memory is None else int(memory * (1 - self.headroom))
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def readable(size: float) -> str:
+    """In KiB, MiB or GiB."""
+    unit, name = next(((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if size >= unit), (2**10, "KiB"))
+    return f"{size / unit:,.2f} {name}"
 
 
 def check(model: Model, layout: Layout, memory: Memory) -> tuple[ModelNeeds | None, list[Fault]]:
@@ -63,9 +64,9 @@ def _rank_faults(model: Model, layout: Layout, needs: ModelNeeds, memory: Memory
             wanted = rank.fixed + _kv_wanted(rank, model)
             if wanted > room:
                 what = (
-                    f"a rank of stage {rank.stage} needs {gib(wanted)} (weights {gib(rank.weights)}, "
-                    f"rotary tables {gib(rank.rotary)}, keys and values {gib(_kv_wanted(rank, model))}) "
-                    f"and may fill {gib(room)} of {gib(memory.rank or 0)}"
+                    f"a rank of stage {rank.stage} needs {readable(wanted)} (weights {readable(rank.weights)}, "
+                    f"rotary tables {readable(rank.rotary)}, keys and values {readable(_kv_wanted(rank, model))}) "
+                    f"and may fill {readable(room)} of {readable(memory.rank or 0)}"
                 )
                 yield Fault(what, _rank_remedy(model, layout, rank, room))
                 return
@@ -74,7 +75,7 @@ def _rank_faults(model: Model, layout: Layout, needs: ModelNeeds, memory: Memory
         bytes_needed = max(rank.kv_per_token for rank in needs.ranks) * needs.max_model_len
         yield Fault(
             f"keys and values of {tokens:,} tokens fit, fewer than max_model_len ({needs.max_model_len:,})",
-            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to {gib(bytes_needed)}",
+            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to {readable(bytes_needed)}",
         )
 
 
@@ -86,7 +87,7 @@ def _kv_wanted(rank: RankNeeds, model: Model) -> int:
 def _rank_remedy(model: Model, layout: Layout, rank: RankNeeds, room: int) -> str:
     one_sequence = rank.kv_per_token * model.max_model_len
     if model.engine.kv_cache_memory is not None and rank.fixed + one_sequence <= room:
-        return f"set kv_cache_memory to at most {gib(room - rank.fixed)}"
+        return f"set kv_cache_memory to at most {readable(room - rank.fixed)}"
     wider = next((other for other in _wider(model, layout) if _fits(model, other, room)), None)
     if wider is not None:
         return (
@@ -113,11 +114,10 @@ def _wider(model: Model, layout: Layout) -> list[Layout]:
 
 
 def _fits(model: Model, layout: Layout, room: int) -> bool:
-    try:
-        needs = model.needs(layout)
-    except CheckpointError:
-        return False
-    return all(rank.fixed + _kv_wanted(rank, model) <= room for rank in needs.ranks)
+    needs = model.needs(layout)
+    tokens = kv_tokens(needs, model.engine, room)
+    enough = tokens is None or tokens >= needs.max_model_len
+    return enough and all(rank.fixed + _kv_wanted(rank, model) <= room for rank in needs.ranks)
 
 
 def _expert_faults(experts: ExpertNeeds | None, memory: Memory) -> Iterator[Fault]:
@@ -139,7 +139,7 @@ def _expert_faults(experts: ExpertNeeds | None, memory: Memory) -> Iterator[Faul
         fewer = held * experts.servers // experts.num_experts
         remedy += f", or copies to {fewer}" if fewer else ""
     yield Fault(
-        f"an expert server needs {gib(experts.most)} ({experts.most_experts} of {experts.num_experts} experts, "
-        f"{gib(experts.each)} each) and may fill {gib(room)} of {gib(memory.server or 0)}",
+        f"an expert server needs {readable(experts.most)} ({experts.most_experts} of {experts.num_experts} experts, "
+        f"{readable(experts.each)} each) and may fill {readable(room)} of {readable(memory.server or 0)}",
         remedy,
     )

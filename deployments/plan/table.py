@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deployments.plan.fit import gib
+from deployments.plan.fit import readable
 from deployments.plan.needs import ExpertNeeds, RankNeeds
 from deployments.plan.plan import ModelPlan
 
@@ -16,7 +16,7 @@ def show(plan: ModelPlan, console: Console) -> None:
     console.print(f"[bold]{plan.id}[/bold]  {plan.dtype}, shapes from {plan.source}", highlight=False)
     if plan.needs is not None:
         needs = plan.needs
-        console.print(f"{needs.parameters:,} parameters, {needs.weights:,} bytes ({gib(needs.weights)})")
+        console.print(f"{needs.parameters:,} parameters, {needs.weights:,} bytes ({readable(needs.weights)})")
         console.print(_table(plan))
         tokens = "not known: give kv_cache_memory or memory" if plan.kv_tokens is None else f"{plan.kv_tokens:,} tokens"
         console.print(
@@ -53,7 +53,7 @@ def _expert_row(experts: ExpertNeeds, plan: ModelPlan) -> list[str]:
 
 
 def _memory(used: int, memory: int | None) -> list[str]:
-    return [gib(used), *(("?", "?") if memory is None else (gib(memory), gib(memory - used)))]
+    return [readable(used), *(("?", "?") if memory is None else (readable(memory), readable(memory - used)))]
 
 
 def as_json(plan: ModelPlan) -> dict[str, Any]:
