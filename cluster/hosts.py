@@ -1,0 +1,138 @@
+"""A real Ray cluster of several hosts on one machine: a head and workers, each in a network namespace.
+
+For tests and `make cluster-demo`. Token authentication is on, as on any network that is not loopback.
+What runs is Ray as on real hosts; what differs is that the hosts share files, memory and CPUs, so
+each has its own directory for sockets, logs and HAProxy's files.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster import processes
+from cluster.local import new_directory
+from cluster.network import Host, Network
+from cluster.node import GCS_PORT
+
+DASHBOARD_PORT = 8265
+START_SECONDS = 120.0
+POLL_SECONDS = 0.1
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+}
+_CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN")
+"""Of another cluster, in whose processes this may run."""
+
+
+class HostsFailed(Exception):
+    """A host's node does not start; the message has its last words."""
+
+
+class HostCluster:
+    """`hosts[0]` is the head. A context manager that leaves nothing behind: no process, namespace or file.
+
+    num_cpus: of each host, as Ray counts them. directory: of sockets and logs, until `stop`.
+    Raises NetworkUnavailable, with the reason, on machines that cannot do this.
+    """
+
+    def __init__(self, num_hosts: int = 4, num_cpus: int = 2) -> None:
+        self._num_cpus = num_cpus
+        self._network = Network(num_hosts)
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.directory = new_directory()
+        self.hosts = self._network.hosts
+        self.head = self.hosts[0]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For `serve deploy`, `serve status` and drivers."""
+        mine = {name: value for name, value in os.environ.items() if name not in _CLUSTER_VARIABLES}
+        token = {"RAY_AUTH_TOKEN_PATH": str(self.directory / "token"), processes.VARIABLE: str(self.directory)}
+        return mine | ENVIRONMENT | token
+
+    @property
+    def dashboard(self) -> str:
+        """What `serve deploy --address` takes."""
+        return f"http://{self.head.address}:{DASHBOARD_PORT}"
+
+    def __enter__(self) -> "HostCluster":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when all nodes have joined. Raises HostsFailed."""
+        token = self.directory / "token"
+        token.touch(mode=0o600)
+        token.write_text(_new_token())
+        self.start_node(self.head)
+        self._await_ready(self.head)
+        for host in self.hosts[1:]:
+            self.start_node(host)
+        for host in self.hosts[1:]:
+            self._await_ready(host)
+
+    def start_node(self, host: Host) -> None:
+        """Starts, and does not wait for, the Ray node of `host`; again, after its `kill`."""
+        command = [sys.executable, "-m", "cluster.node", str(self.directory / host.name), host.address]
+        command += ["--num-cpus", str(self._num_cpus)]
+        if host is self.head:
+            command += ["--dashboard-port", str(DASHBOARD_PORT)]
+        else:
+            command += ["--join", f"{self.head.address}:{GCS_PORT}"]
+        with self._log(host).open("wb") as log:
+            self._nodes[host.name] = host.start(command, self.environment | self._haproxy(host), log)
+
+    def stop(self) -> None:
+        """Ends everything. Safe to call twice."""
+        self._network.close()
+        for node in self._nodes.values():
+            node.wait()
+        processes.end(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _await_ready(self, host: Host) -> None:
+        node, log = self._nodes[host.name], self._log(host)
+        deadline = time.monotonic() + START_SECONDS
+        while "\nready\n" not in "\n" + log.read_text(errors="replace"):
+            if node.poll() is not None or time.monotonic() > deadline:
+                state = f"not ready in {START_SECONDS:.0f} s" if node.poll() is None else f"exit {node.returncode}"
+                raise HostsFailed(f"Ray on {host.address}: {state}\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(POLL_SECONDS)
+
+    def _log(self, host: Host) -> Path:
+        return self.directory / f"{host.name}.log"
+
+    def _haproxy(self, host: Host) -> dict[str, str]:
+        """HAProxy's files, which real hosts would not share."""
+        folder = self.directory / host.name / "haproxy"
+        folder.mkdir(parents=True, exist_ok=True)
+        return {
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("moray-haproxy")),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        }
+
+
+def _new_token() -> str:
+    """As `ray get-auth-token --generate` makes it, but not in the user's own ~/.ray."""
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+
+    return str(generate_new_authentication_token())
