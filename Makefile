@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(name)")' 2>/dev/null)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model serve stop plan test test-slow check lock
+.PHONY: help setup setup-dev model serve stop plan test test-slow check check-kubernetes lock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,14 @@ check: setup-dev  ## lint, types, direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+KUBERAY := v1.7.0
+CRD := .run/ray.io_rayservices.yaml
+
+check-kubernetes: setup-dev  ## configs/kubernetes/ against KubeRay's own CRD, which is downloaded
+	@mkdir -p .run && test -s $(CRD) || curl --fail --location --silent --show-error --output $(CRD) \
+		https://raw.githubusercontent.com/ray-project/kuberay/$(KUBERAY)/ray-operator/config/crd/bases/$(notdir $(CRD))
+	RAYSERVICE_CRD=$(CRD) $(BIN)/python -m pytest -q tests/configs/test_cluster_manifests.py
 
 lock:  ## write requirements*.lock anew from pyproject.toml's ranges
 	@PYTHON=$(PYTHON) bash .ci/lock
