@@ -1,6 +1,7 @@
 # `make serve` in a fresh clone is all it takes; every other target installs what it needs, too.
 
 CONFIG ?= configs/quickstart.yaml
+DEMO ?= configs/smollm2-hosts.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -8,7 +9,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(name)")' 2>/dev/null)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model serve stop plan test test-slow check check-kubernetes lock
+.PHONY: help setup setup-dev model serve stop plan test test-slow check check-kubernetes cluster-demo lock
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +43,9 @@ check: setup-dev  ## lint, types, direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+cluster-demo: setup model  ## four hosts in network namespaces (root, iproute2), DEMO on them, a chat; then all is taken down
+	@$(BIN)/python examples/ray-cluster/demo.py $(DEMO)
 
 KUBERAY := v1.7.0
 CRD := .run/ray.io_rayservices.yaml

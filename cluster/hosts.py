@@ -5,8 +5,10 @@ What runs is Ray as on real hosts; what differs is that the hosts share files, m
 each has its own directory for sockets, logs and HAProxy's files.
 """
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +63,20 @@ class HostCluster:
     def dashboard(self) -> str:
         """What `serve deploy --address` takes."""
         return f"http://{self.head.address}:{DASHBOARD_PORT}"
+
+    @property
+    def token(self) -> str:
+        """What clients of the cluster show."""
+        return (self.directory / "token").read_text()
+
+    def await_dashboard(self) -> None:
+        """Returns when Serve's REST interface listens. Raises HostsFailed."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection((self.head.address, DASHBOARD_PORT), timeout=1):
+                return
+            time.sleep(POLL_SECONDS)
+        raise HostsFailed(f"Serve's REST interface at {self.dashboard} does not listen")
 
     def __enter__(self) -> "HostCluster":
         try:
