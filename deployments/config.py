@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,14 +52,18 @@ class EngineConfig(_Config):
     tensor_parallel_size: int = Field(default=1, gt=0)
     """Ranks that share each layer."""
     pipeline_parallel_size: int = Field(default=1, gt=0)
-    """Stages that the layers are cut into."""
+    """Stages that the layers are cut into, of `tensor_parallel_size` ranks each."""
+    bundle_per_rank: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1.0}
+    """Ray resources of each rank, when there are several; one bundle of the replica's placement group."""
 
 
 class ExpertsConfig(_Config):
     """Routed experts on servers of their own: the deployment `experts-<id>`."""
 
     copies: int = Field(default=2, gt=0)
-    """Servers that hold each expert."""
+    """Servers that hold an expert, at least, while there are as many."""
+    memory: ByteSize | None = None
+    """Bytes for experts on each server; `None` means room for `copies` of everything and an eighth more."""
 
 
 class ModelConfig(_Config):

@@ -7,7 +7,6 @@ cut by the same table that loads checkpoints. So nothing here knows what a layer
 import math
 import re
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ Shapes = Mapping[str, torch.Size]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERTS = ".feed_forward.experts."
-_EMBEDDING, _HEAD = "tok_embeddings.", ("norm.", "output.")
 
 
 class Share(NamedTuple):
@@ -68,15 +66,10 @@ def share_parameters(shapes: Shapes, args: ModelArgs, share: Share) -> int:
 
 
 def _is_held(name: str, args: ModelArgs, share: Share) -> bool:
-    """The first stage embeds, tokens and images; the last has the final norm and the head, tied or not."""
+    """All that is not a layer is the first stage's."""
     if layer := _LAYER.match(name):
         return int(layer[1]) in share.layers and (share.experts or not is_routed_expert(name))
-    is_first, is_last = share.layers.start == 0, share.layers.stop == args.n_layers
-    if name.startswith(_HEAD):
-        return is_last
-    if name.startswith(_EMBEDDING):
-        return is_first or (is_last and args.tie_word_embeddings)
-    return is_first
+    return share.layers.start == 0
 
 
 def expert_parameters(shapes: Shapes, args: ModelArgs) -> int:
@@ -84,17 +77,18 @@ def expert_parameters(shapes: Shapes, args: ModelArgs) -> int:
     return num_parameters(shapes, is_routed_expert) // num_experts(args) if args.moe_args else 0
 
 
+def num_moe_layers(args: ModelArgs) -> int:
+    return sum(args.is_moe_layer(layer) for layer in range(args.n_layers))
+
+
 def num_experts(args: ModelArgs) -> int:
     """Routed experts of all layers."""
-    layers = sum(args.is_moe_layer(layer) for layer in range(args.n_layers))
-    return layers * args.moe_args.num_experts if args.moe_args else 0
+    return num_moe_layers(args) * args.moe_args.num_experts if args.moe_args else 0
 
 
 def stages(n_layers: int, count: int) -> list[range]:
-    """Layers of each pipeline stage, in order; sizes differ by one at most, the first stages have more."""
-    size, rest = divmod(n_layers, count)
-    starts = [stage * size + min(stage, rest) for stage in range(count + 1)]
-    return [range(start, stop) for start, stop in pairwise(starts)]
+    """Layers of each pipeline stage, in order; sizes differ by one at most."""
+    return [range(index * n_layers // count, (index + 1) * n_layers // count) for index in range(count)]
 
 
 def kv_values_per_token(args: ModelArgs, share: Share) -> int:

@@ -32,7 +32,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"models": [as_json(model) for model in plans]}, indent=2))
     else:
-        console = Console(soft_wrap=True)
+        console = Console(width=max(100, Console().width), soft_wrap=True)
         for model in plans:
             show(model, console)
     sys.exit(1 if any(model.faults for model in plans) else 0)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from deployments.plan.needs import ExpertNeeds, Layout, Model, ModelNeeds, RankNeeds, kv_budget, kv_tokens
+from deployments.plan.needs import ExpertNeeds, Layout, Model, ModelNeeds, RankNeeds, kv_tokens
 from model.checkpoint.slices import possible_world_sizes
 
 MOST_STAGES = 16
@@ -31,9 +31,10 @@ class Memory:
 
 
 def readable(size: float) -> str:
-    """In KiB, MiB or GiB."""
-    unit, name = next(((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if size >= unit), (2**10, "KiB"))
-    return f"{size / unit:,.2f} {name}"
+    """In KiB, MiB or GiB, rounded towards zero, so that what is said to fit does."""
+    units = ((2**30, "GiB"), (2**20, "MiB"))
+    unit, name = next(((unit, name) for unit, name in units if abs(size) >= unit), (2**10, "KiB"))
+    return f"{int(100 * size / unit) / 100:,.2f} {name}"
 
 
 def check(model: Model, layout: Layout, memory: Memory) -> tuple[ModelNeeds | None, list[Fault]]:
@@ -59,35 +60,41 @@ def _undivided(model: Model, layout: Layout) -> Fault | None:
 
 def _rank_faults(model: Model, layout: Layout, needs: ModelNeeds, memory: Memory) -> Iterator[Fault]:
     room = memory.room(memory.rank)
-    if room is not None:
-        for rank in needs.ranks:
-            wanted = rank.fixed + _kv_wanted(rank, model)
-            if wanted > room:
-                what = (
-                    f"a rank of stage {rank.stage} needs {readable(wanted)} (weights {readable(rank.weights)}, "
-                    f"rotary tables {readable(rank.rotary)}, keys and values {readable(_kv_wanted(rank, model))}) "
-                    f"and may fill {readable(room)} of {readable(memory.rank or 0)}"
-                )
-                yield Fault(what, _rank_remedy(model, layout, rank, room))
-                return
+    for rank in needs.ranks if room is not None else ():
+        wanted = rank.fixed + _kv_of(rank, needs, model)
+        if room is not None and wanted > room:
+            what = (
+                f"a rank of stage {rank.stage} needs {readable(wanted)} (weights {readable(rank.weights)}, "
+                f"rotary tables {readable(rank.rotary)}, keys and values {readable(wanted - rank.fixed)}) "
+                f"and may fill {readable(room)} of {readable(memory.rank or 0)}"
+            )
+            yield Fault(what, _rank_remedy(model, layout, needs, room))
+            return
     tokens = kv_tokens(needs, model.engine, room)
     if tokens is not None and tokens < needs.max_model_len:
-        bytes_needed = max(rank.kv_per_token for rank in needs.ranks) * needs.max_model_len
         yield Fault(
             f"keys and values of {tokens:,} tokens fit, fewer than max_model_len ({needs.max_model_len:,})",
-            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to {readable(bytes_needed)}",
+            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to {needs.kv_per_token * _whole(model)}",
         )
 
 
-def _kv_wanted(rank: RankNeeds, model: Model) -> int:
-    """What the YAML asks for; where it leaves that open, one sequence of full length."""
-    return kv_budget(rank, model.engine, None) or rank.kv_per_token * model.max_model_len
+def _whole(model: Model) -> int:
+    """Tokens of the blocks that one sequence of full length takes."""
+    block = model.engine.block_size
+    return -(-model.max_model_len // block) * block
 
 
-def _rank_remedy(model: Model, layout: Layout, rank: RankNeeds, room: int) -> str:
-    one_sequence = rank.kv_per_token * model.max_model_len
-    if model.engine.kv_cache_memory is not None and rank.fixed + one_sequence <= room:
-        return f"set kv_cache_memory to at most {readable(room - rank.fixed)}"
+def _kv_of(rank: RankNeeds, needs: ModelNeeds, model: Model) -> int:
+    """Bytes of what the YAML asks for; where it leaves that open, of one sequence of full length."""
+    tokens = kv_tokens(needs, model.engine, None)
+    return rank.kv_per_token * (_whole(model) if tokens is None else tokens)
+
+
+def _rank_remedy(model: Model, layout: Layout, needs: ModelNeeds, room: int) -> str:
+    """The smallest change first: fewer keys and values, more ranks, experts elsewhere, shorter sequences."""
+    held = min((room - rank.fixed) // rank.kv_per_token for rank in needs.ranks)
+    if model.engine.kv_cache_memory is not None and held >= _whole(model):
+        return f"set kv_cache_memory to at most {readable(held * needs.kv_per_token)}"
     wider = next((other for other in _wider(model, layout) if _fits(model, other, room)), None)
     if wider is not None:
         return (
@@ -95,9 +102,9 @@ def _rank_remedy(model: Model, layout: Layout, rank: RankNeeds, room: int) -> st
             f"{wider.pipeline_parallel_size}"
         )
     if model.args.moe_args is not None and layout.servers is None:
-        return f"put the routed experts on servers: `experts:` of the model and num_replicas of its {'experts-<id>'}"
-    if rank.fixed < room:
-        return f"set max_model_len to at most {(room - rank.fixed) // rank.kv_per_token:,}"
+        return "put the routed experts on servers: `experts:` of the model, num_replicas of the deployment experts-<id>"
+    if held > 0:
+        return f"set max_model_len to at most {held:,}"
     return "give ranks more memory: no tensor- and pipeline-parallel size makes this fit"
 
 
@@ -117,7 +124,7 @@ def _fits(model: Model, layout: Layout, room: int) -> bool:
     needs = model.needs(layout)
     tokens = kv_tokens(needs, model.engine, room)
     enough = tokens is None or tokens >= needs.max_model_len
-    return enough and all(rank.fixed + _kv_wanted(rank, model) <= room for rank in needs.ranks)
+    return enough and all(rank.fixed + _kv_of(rank, needs, model) <= room for rank in needs.ranks)
 
 
 def _expert_faults(experts: ExpertNeeds | None, memory: Memory) -> Iterator[Fault]:
@@ -128,18 +135,32 @@ def _expert_faults(experts: ExpertNeeds | None, memory: Memory) -> Iterator[Faul
             f"{experts.copies} copies of every expert need as many servers, there are {experts.servers}",
             f"set num_replicas of the experts to at least {experts.copies}, or copies to {experts.servers}",
         )
+    if experts.memory is not None and experts.most < experts.least:
+        yield Fault(
+            f"experts.memory of {readable(experts.memory)} holds {experts.most} experts; {experts.copies} copies of "
+            f"all need room for {experts.least} on each of {experts.servers} servers",
+            f"set experts.memory to at least {readable(experts.least * experts.each)}, or num_replicas of the experts "
+            f"to {_servers_for(experts, experts.memory)}",
+        )
     room = memory.room(memory.server)
-    if room is None or experts.most <= room:
+    if room is None or experts.most_bytes <= room:
         return
-    held = room // experts.each
-    if not held:
-        remedy = "give expert servers more memory: not one expert fits"
-    else:
-        remedy = f"set num_replicas of the experts to {-(-experts.num_experts * experts.copies // held)}"
-        fewer = held * experts.servers // experts.num_experts
-        remedy += f", or copies to {fewer}" if fewer else ""
-    yield Fault(
-        f"an expert server needs {readable(experts.most)} ({experts.most_experts} of {experts.num_experts} experts, "
-        f"{readable(experts.each)} each) and may fill {readable(room)} of {readable(memory.server or 0)}",
-        remedy,
+    what = (
+        f"an expert server takes {readable(experts.most_bytes)} ({experts.most} experts of {readable(experts.each)}) "
+        f"and may fill {readable(room)} of {readable(memory.server or 0)}"
     )
+    if experts.least * experts.each <= room:
+        yield Fault(what, f"set experts.memory to at most {readable(room)}")
+    elif (servers := _servers_for(experts, room)) is None:
+        yield Fault(what, "give expert servers more memory: not one expert of each layer fits")
+    else:
+        yield Fault(what, f"set num_replicas of the experts to {servers}")
+
+
+def _servers_for(experts: ExpertNeeds, room: int) -> int | None:
+    """The fewest servers on which all copies fit in `room` bytes each, with what is spare; None if none do."""
+    for servers in range(experts.copies, experts.copies * experts.per_layer + 1):
+        wider = replace(experts, servers=servers, memory=None)
+        if wider.most_bytes <= room:
+            return servers
+    return None

@@ -3,6 +3,7 @@
 Sizes are bytes unless a name says otherwise.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from deployments.config import EngineConfig
 from model import sizes
 from model.args import ModelArgs
+
+SPARE = 1.125
+"""Room for copies beyond `copies`, where `experts.memory` is not given; cluster/experts/directory.py's."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,36 @@ class RankNeeds:
 
 @dataclass(frozen=True)
 class ExpertNeeds:
-    """num_experts: (layer, expert) pairs. most: of the fullest server, when copies are spread evenly."""
+    """Experts on servers: `layers` times `per_layer` of them, `each` bytes. memory: of `experts.memory`, or None.
 
-    num_experts: int
+    Every layer is spread over the servers by itself, as cluster/experts places it.
+    """
+
+    layers: int
+    per_layer: int
     each: int
     copies: int
     servers: int
+    memory: int | None
 
     @property
-    def most_experts(self) -> int:
-        return -(-self.num_experts * self.copies // self.servers)
+    def least(self) -> int:
+        """Experts that a server must have room for, so that all copies of each have a place."""
+        return self.layers * self._a_layer(self.copies)
 
     @property
     def most(self) -> int:
-        return self.most_experts * self.each
+        """Experts that a server takes: all that `memory` holds, or `least` and an eighth more to follow the load."""
+        if self.memory is not None:
+            return min(self.memory // self.each, self.layers * self.per_layer)
+        return self.layers * self._a_layer(self.copies * SPARE)
+
+    @property
+    def most_bytes(self) -> int:
+        return self.most * self.each
+
+    def _a_layer(self, copies: float) -> int:
+        return min(self.per_layer, math.ceil(copies * self.per_layer / self.servers))
 
 
 @dataclass(frozen=True)
@@ -68,12 +88,13 @@ class ModelNeeds:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread. servers: of experts; None keeps them in the ranks."""
+    """How a model is spread. servers: of experts, server_memory bytes each; None keeps the experts in the ranks."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     servers: int | None = None
     copies: int = 2
+    server_memory: int | None = None
 
 
 class Model:
@@ -115,32 +136,25 @@ class Model:
         )
 
     def _experts(self, layout: Layout) -> ExpertNeeds | None:
-        if layout.servers is None:
+        if layout.servers is None or self.args.moe_args is None:
             return None
         each = sizes.expert_parameters(self.shapes, self.args) * self.bytes_each
-        return ExpertNeeds(sizes.num_experts(self.args), each, layout.copies, layout.servers)
+        layers, per_layer = sizes.num_moe_layers(self.args), self.args.moe_args.num_experts
+        return ExpertNeeds(layers, per_layer, each, layout.copies, layout.servers, layout.server_memory)
 
 
 def kv_tokens(needs: ModelNeeds, engine: EngineConfig, room: int | None) -> int | None:
-    """Tokens of keys and values that an engine replica holds, by its scarcest stage; None if nothing tells.
+    """Tokens of keys and values that an engine replica holds; None if nothing tells. As cluster/shard.py counts.
 
     room: bytes that a rank has for everything.
     """
-    budgets = [(rank, kv_budget(rank, engine, room)) for rank in needs.ranks]
-    counts = [
-        budget // (rank.kv_per_token * engine.block_size) * engine.block_size
-        for rank, budget in budgets
-        if budget is not None
-    ]
-    if not counts:
+    if engine.kv_cache_memory is not None:  # over all ranks
+        return int(engine.kv_cache_memory) // (needs.kv_per_token * engine.block_size) * engine.block_size
+    if room is None:
         return None
-    if engine.kv_cache_memory is None:  # no more than all sequences need, as in cluster/shard.py
-        counts.append(engine.max_num_seqs * -(-needs.max_model_len // engine.block_size) * engine.block_size)
-    return min(counts)
-
-
-def kv_budget(rank: RankNeeds, engine: EngineConfig, room: int | None) -> int | None:
-    """Bytes for keys and values on a rank with `room`, as cluster/shard.py takes them."""
-    if engine.kv_cache_memory is not None:
-        return int(engine.kv_cache_memory)
-    return None if room is None else max(0, int((room - rank.fixed) * engine.kv_cache_memory_share))
+    blocks = [
+        int((room - rank.fixed) * engine.kv_cache_memory_share) // (rank.kv_per_token * engine.block_size)
+        for rank in needs.ranks
+    ]
+    enough = engine.max_num_seqs * -(-needs.max_model_len // engine.block_size)
+    return max(0, min(*blocks, enough)) * engine.block_size

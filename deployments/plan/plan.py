@@ -13,7 +13,7 @@ from deployments.config import ConfigError, ModelConfig, parse
 from deployments.demand import OURS
 from deployments.plan.architecture import architecture
 from deployments.plan.fit import Fault, Memory, check
-from deployments.plan.memory import memory_of
+from deployments.plan.memory import Resources
 from deployments.plan.needs import Layout, Model, ModelNeeds, kv_tokens
 
 
@@ -87,8 +87,12 @@ def _plan_model(model: ModelConfig, deployments: dict[str, dict[str, Any]], give
         model.engine.pipeline_parallel_size,
         _replicas(experts) if model.experts is not None else None,
         model.experts.copies if model.experts is not None else 1,
+        model.experts.memory if model.experts is not None else None,
     )
-    memory = Memory(_memory(engine, given), _memory(experts, given), given.headroom)
+    ranks = layout.tensor_parallel_size * layout.pipeline_parallel_size
+    of_rank = Resources.of_bundle(model.engine.bundle_per_rank) if ranks > 1 else _resources(engine)
+    of_server = _resources(experts)
+    memory = Memory(_fill(of_rank, given), _fill(of_server, given), given.headroom)
     sized = Model(args, model.engine)
     needs, faults = check(sized, layout, memory)
     return ModelPlan(
@@ -100,19 +104,17 @@ def _plan_model(model: ModelConfig, deployments: dict[str, dict[str, Any]], give
         memory=memory,
         needs=needs,
         kv_tokens=kv_tokens(needs, model.engine, memory.room(memory.rank)) if needs else None,
-        gpus=_gpus(engine) * _replicas(engine) * layout.tensor_parallel_size * layout.pipeline_parallel_size
-        + (_gpus(experts) * (layout.servers or 0)),
+        gpus=of_rank.gpus * ranks * _replicas(engine) + of_server.gpus * (layout.servers or 0),
         faults=tuple(faults),
     )
 
 
-def _memory(deployment: dict[str, Any], given: Given) -> int | None:
-    options = deployment.get("ray_actor_options") or {}
-    return memory_of(options, given.gpu_memory, given.host_memory)
+def _resources(deployment: dict[str, Any]) -> Resources:
+    return Resources.of_actor(deployment.get("ray_actor_options") or {})
 
 
-def _gpus(deployment: dict[str, Any]) -> float:
-    return float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 0)
+def _fill(resources: Resources, given: Given) -> int | None:
+    return resources.fill(given.gpu_memory, given.host_memory)
 
 
 def _replicas(deployment: dict[str, Any]) -> int:

@@ -48,8 +48,8 @@ def _rank_row(rank: RankNeeds, plan: ModelPlan) -> list[str]:
 
 
 def _expert_row(experts: ExpertNeeds, plan: ModelPlan) -> list[str]:
-    holds = f"{experts.most_experts} of {experts.copies} x {experts.num_experts} experts"
-    return [f"{experts.servers} expert servers", holds, *_memory(experts.most, plan.memory.server)]
+    holds = f"{experts.most} of {experts.copies} x {experts.layers * experts.per_layer} experts"
+    return [f"{experts.servers} expert servers", holds, *_memory(experts.most_bytes, plan.memory.server)]
 
 
 def _memory(used: int, memory: int | None) -> list[str]:
@@ -57,11 +57,12 @@ def _memory(used: int, memory: int | None) -> list[str]:
 
 
 def as_json(plan: ModelPlan) -> dict[str, Any]:
-    """Bytes everywhere; `experts.most` and `kv_per_token` beside the fields of the dataclasses."""
+    """Bytes everywhere; what is counted from the fields of the dataclasses is beside them."""
     values = asdict(plan) | {"fits": not plan.faults}
     if plan.needs is not None:
         values["needs"]["kv_per_token"] = plan.needs.kv_per_token
         if plan.needs.experts is not None:
             experts = plan.needs.experts
-            values["needs"]["experts"] |= {"most_experts": experts.most_experts, "most": experts.most}
+            counted = {"least": experts.least, "most": experts.most, "most_bytes": experts.most_bytes}
+            values["needs"]["experts"] |= counted
     return values

@@ -68,7 +68,8 @@ def test_bytes_are_those_of_transformers(name: str, text: dict[str, Any], parame
     assert planned.needs.experts is not None
     assert planned.needs.parameters == parameters
     assert planned.needs.weights == everything
-    assert planned.needs.experts.num_experts * planned.needs.experts.each == routed
+    experts = planned.needs.experts
+    assert experts.layers * experts.per_layer * experts.each == routed
     _check_ranks(planned, everything - routed)
 
 

@@ -45,12 +45,13 @@ def faults(path: Path, **given: Any) -> list[str]:
     return [f"{fault.what}: {fault.remedy}" for fault in planned.faults]
 
 
-def test_experts_are_shared_out_over_their_servers(tmp_path: Path) -> None:
+def test_experts_are_shared_out_over_their_servers_layer_by_layer(tmp_path: Path) -> None:
     [planned] = plan(serve_yaml(tmp_path, with_experts(3), experts={"copies": 2}), Given())
     assert planned.needs is not None
     experts = planned.needs.experts
     assert experts is not None
-    assert (experts.num_experts, experts.each, experts.most_experts) == (32, EXPERT, 22)
+    assert (experts.layers, experts.per_layer, experts.each) == (4, 8, EXPERT)
+    assert (experts.least, experts.most) == (4 * 6, 4 * 6)
     [without] = plan(serve_yaml(tmp_path), Given())
     assert without.needs is not None
     assert without.needs.ranks[0].weights - planned.needs.ranks[0].weights == 32 * EXPERT
@@ -59,10 +60,24 @@ def test_experts_are_shared_out_over_their_servers(tmp_path: Path) -> None:
 def test_too_little_memory_names_the_server_and_how_many_would_do(tmp_path: Path) -> None:
     path = serve_yaml(tmp_path, with_experts(2, memory=20 * EXPERT), experts={"copies": 2})
     [fault] = faults(path, headroom=0.0)
-    assert "an expert server needs" in fault
-    assert "32 of 32 experts" in fault
-    assert "set num_replicas of the experts to 4, or copies to 1" in fault
+    assert "an expert server takes 6.00 MiB (32 experts of 192.00 KiB)" in fault
+    assert "set num_replicas of the experts to 4" in fault
     assert faults(serve_yaml(tmp_path, with_experts(4, memory=20 * EXPERT), experts={"copies": 2}), headroom=0.0) == []
+
+
+def test_room_for_spare_copies_gives_way_to_what_must_fit(tmp_path: Path) -> None:
+    """Of 4 servers each must hold 4 of a layer's 8 experts, and takes 5 if it may."""
+    path = serve_yaml(tmp_path, with_experts(4, memory=17 * EXPERT), experts={"copies": 2})
+    [fault] = faults(path, headroom=0.0)
+    assert "set experts.memory to at most 3.18 MiB" in fault
+    bounded = {"copies": 2, "memory": 17 * EXPERT}
+    assert faults(serve_yaml(tmp_path, with_experts(4, memory=17 * EXPERT), experts=bounded), headroom=0.0) == []
+
+
+def test_experts_memory_that_does_not_hold_the_copies(tmp_path: Path) -> None:
+    [fault] = faults(serve_yaml(tmp_path, with_experts(4), experts={"copies": 2, "memory": 15 * EXPERT}))
+    assert "holds 15 experts; 2 copies of all need room for 16 on each of 4 servers" in fault
+    assert "set experts.memory to at least 3.00 MiB, or num_replicas of the experts to 6" in fault
 
 
 def test_more_copies_than_servers(tmp_path: Path) -> None:
@@ -129,6 +144,22 @@ def test_a_shared_gpu_gives_its_part(tmp_path: Path) -> None:
     assert planned.gpus == 0.5
 
 
+def test_ranks_of_a_group_have_what_their_bundle_asks_for(tmp_path: Path) -> None:
+    engine = {"tensor_parallel_size": 2, "bundle_per_rank": {"CPU": 1, "GPU": 1, "accelerator_type:H200": 0.001}}
+    [planned] = plan(serve_yaml(tmp_path, {"engine-m": {"num_replicas": 3}}, engine=engine), Given())
+    assert planned.memory.rank == 141 * 10**9
+    assert planned.gpus == 6
+    on_cpus = {"tensor_parallel_size": 2, "bundle_per_rank": {"CPU": 1, "memory": 10**6}}
+    assert "a rank of stage 0 needs" in faults(serve_yaml(tmp_path, engine=on_cpus))[0]
+
+
+def test_kv_cache_memory_is_of_all_ranks_together(tmp_path: Path) -> None:
+    per_token = 4 * 2 * 32 * 2
+    for layout in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}):
+        [planned] = plan(serve_yaml(tmp_path, engine={"kv_cache_memory": 2048 * per_token, **layout}), Given())
+        assert planned.kv_tokens == 2048
+
+
 @pytest.mark.parametrize(
     ("deployments", "model", "message"),
     [
@@ -162,7 +193,7 @@ def test_the_command(tmp_path: Path) -> None:
     fitting = _run(path, "--headroom", "0", "--json", "--architecture", f"m={tmp_path}/small.yaml")
     assert fitting.returncode == 1
     [model] = json.loads(fitting.stdout)["models"]
-    assert model["needs"]["experts"]["most"] == 32 * EXPERT
+    assert model["needs"]["experts"]["most_bytes"] == 32 * EXPERT
     assert model["fits"] is False
     absent = _run("absent.yaml")
     assert absent.returncode == 2
