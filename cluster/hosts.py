@@ -103,6 +103,8 @@ class HostCluster:
 
     def start_node(self, host: Host) -> None:
         """Starts, and does not wait for, the Ray node of `host`; again, after its `kill`."""
+        if earlier := self._nodes.get(host.name):
+            earlier.wait()
         command = [sys.executable, "-m", "cluster.node", str(self.directory / host.name), host.address]
         command += ["--num-cpus", str(self._num_cpus)]
         if host is self.head:

@@ -1,10 +1,12 @@
 """Fronts and engines on different hosts: real Ray, real addresses, token authentication."""
 
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,8 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster import processes
+from cluster.network import Network
 from deployments.serve_rest import DeployFailed, ServeRest, replicas
 from tests.e2e.conftest import application
 from tests.hosts import HostStack, host_stack, needs_hosts
@@ -106,3 +110,29 @@ def test_the_death_of_a_host_leaves_the_others_serving(stack: HostStack) -> None
         with suppress(httpx.HTTPError, AssertionError):
             answers.append(complete(stack, "Water boils at"))
     assert set(answers) == {before}
+
+
+def test_hosts_end_with_the_process_that_made_them() -> None:
+    """Even if it is killed. Namespaces stay, empty, until the next network takes them down."""
+    code = """
+import time
+from cluster.hosts import HostCluster
+with HostCluster(1) as cluster:
+    print(cluster.head.name, cluster.directory, flush=True)
+    time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    name, directory = owner.stdout.readline().split()
+    owner.stdout.close()
+    assert processes.of_run(Path(directory))
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 10
+    while processes.of_run(Path(directory)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes.of_run(Path(directory)) == []
+    with Network(1) as network:
+        namespaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+        assert network.hosts[0].name == name or name not in namespaces.split()
+    shutil.rmtree(directory)
