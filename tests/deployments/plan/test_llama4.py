@@ -4,6 +4,7 @@ The count is of `transformers`' own model on the meta device, built from the pub
 no tensor differs by design: the two have the same number of parameters, the vision encoder included.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from deployments.plan.plan import Given, ModelPlan, plan
+from model.checkpoint.architecture import read_args
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TEXT = {
@@ -100,3 +102,13 @@ def test_the_examples_fit_their_gpus(name: str) -> None:
     [planned] = plan(CONFIGS / f"{name}.yaml", Given())
     assert planned.faults == ()
     assert planned.memory.rank == planned.memory.server == 80 * 10**9
+
+
+@pytest.mark.parametrize(("name", "text"), [("llama4-scout", SCOUT), ("llama4-maverick", MAVERICK)])
+def test_the_model_yaml_says_what_config_json_says(name: str, text: dict[str, Any], tmp_path: Path) -> None:
+    config = Llama4Config(text_config=text, vision_config=VISION).to_dict()
+    config["architectures"] = ["Llama4ForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs, ours = read_args(tmp_path), read_args(CONFIGS / "models" / f"{name}.yaml")
+    left_out = {"max_seq_len", "use_qk_norm", "use_scaled_rope"}  # of the instruction-tuned models, not of TEXT
+    assert theirs.model_dump(exclude=left_out) == ours.model_dump(exclude=left_out)
