@@ -1,4 +1,8 @@
-"""One tensor-parallel rank: its slice of the model, its KV blocks, its sampler."""
+"""One rank: its slice of the model, its KV blocks, its sampler.
+
+Which slice follows from fairscale's groups (model/parallel.py), which are of one rank unless
+cluster/parallel.py has made larger ones. Every rank of a group does the same calls in the same order.
+"""
 
 import logging
 import os
@@ -12,9 +16,11 @@ from torch import Tensor
 
 from model import LLM, ModelArgs
 from model.checkpoint import open_checkpoint
+from model.checkpoint.slices import check_world_size
 from model.datatypes import PagedBatch
 from model.kv_cache import PagedCache
 from model.packed import PackedCache, can_pack, pack
+from model.parallel import ensure_model_parallel, least, model_parallel_rank, model_parallel_size, stage
 from model.sampling import SampledTokens, SamplingBatch, sample
 
 logger = logging.getLogger(__name__)
@@ -24,9 +30,11 @@ class Shard:
     """Loads a checkpoint, sizes the KV cache, runs steps.
 
     path: as `open_checkpoint` takes it. dtype: "bfloat16" or "float32".
-    kv_cache_memory: bytes for keys and values; None takes `kv_cache_memory_share` of the memory
-    that is free once the weights are loaded, and no more than `max_num_seqs` whole sequences need.
-    num_threads: torch's; None takes every CPU this process may run on.
+    kv_cache_memory: bytes for keys and values, over all ranks together; None takes `kv_cache_memory_share`
+    of the memory that is free once the weights are loaded, and no more than `max_num_seqs` whole
+    sequences need.
+    num_threads: torch's; None takes this rank's share of the CPUs that this process may run on.
+    ranks_on_host: how many share the memory and the CPUs.
 
     Raises ValueError when the sizes do not fit the checkpoint or the memory.
     """
@@ -42,17 +50,20 @@ class Shard:
         kv_cache_memory: int | None = None,
         kv_cache_memory_share: float = 0.25,
         num_threads: int | None = None,
+        ranks_on_host: int = 1,
     ) -> None:
         # Ray gives actors one OpenMP thread; the model wants all its CPUs.
-        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        ensure_model_parallel()
         started = time.monotonic()
         checkpoint = open_checkpoint(path)
+        check_world_size(checkpoint.args, model_parallel_rank(), model_parallel_size())
         self.max_model_len = _model_len(max_model_len, checkpoint.args.max_seq_len)
         # Rotary tables are as long as what is served, not as Llama 4's ten million positions.
         self.args = checkpoint.args.model_copy(update={"max_seq_len": self.max_model_len})
         self.dtype: torch.dtype = getattr(torch, dtype)
         model = _empty_model(self.args, self.dtype)
-        checkpoint.load_into(model)
+        checkpoint.load_into(model, model_parallel_rank(), model_parallel_size(), stage=stage())
         packed = can_pack(self.args, self.dtype, block_size)
         self._model = pack(model) if packed else model
         logger.info(
@@ -60,25 +71,25 @@ class Shard:
             "AVX512-BF16 kernels" if packed else "plain torch", torch.get_num_threads(),
         )  # fmt: skip
 
-        kv_heads = self.args.kv_heads
-        block_bytes = PagedCache.bytes_per_block(self.args, kv_heads, block_size, self.dtype)
+        self.block_size = block_size
         blocks_per_sequence = -(-self.max_model_len // block_size)
-        budget = kv_cache_memory or int(psutil.virtual_memory().available * kv_cache_memory_share)
-        self.num_blocks = budget // block_bytes
         if kv_cache_memory is None:
-            self.num_blocks = min(self.num_blocks, max_num_seqs * blocks_per_sequence)
+            budget = int(psutil.virtual_memory().available * kv_cache_memory_share) // ranks_on_host
+            held = min(budget // self._block_bytes(own=True), max_num_seqs * blocks_per_sequence)
+        else:
+            held = kv_cache_memory // self._block_bytes(own=False)
+        self.num_blocks = least(held)
         if self.num_blocks < blocks_per_sequence:
             raise ValueError(
-                f"kv_cache_memory of {budget / 2**20:.0f} MiB holds {self.num_blocks * block_size} tokens, fewer than "
+                f"kv_cache_memory holds {self.num_blocks * block_size} tokens, fewer than "
                 f"max_model_len ({self.max_model_len}): give it at least "
-                f"{blocks_per_sequence * block_bytes / 2**20:.0f} MiB, or lower max_model_len"
+                f"{blocks_per_sequence * self._block_bytes(own=False) / 2**20:.0f} MiB, or lower max_model_len"
             )
-        self.block_size = block_size
         kind = PackedCache if packed else PagedCache
-        self._cache = kind(self.args, kv_heads, self.num_blocks, block_size, self.dtype)
+        self._cache = kind(self.args, self._kv_heads, self.num_blocks, block_size, self.dtype, self._layers)
         logger.info(
-            "KV cache: %d tokens in %d blocks, %.0f MiB",
-            self.num_blocks * block_size, self.num_blocks, self.num_blocks * block_bytes / 2**20,
+            "KV cache: %d tokens in %d blocks, %.0f MiB of them here",
+            self.num_blocks * block_size, self.num_blocks, self.num_blocks * self._block_bytes(own=True) / 2**20,
         )  # fmt: skip
         self._warm_up()
 
@@ -87,19 +98,39 @@ class Shard:
         return sample(self.logits(batch), sampling)
 
     def logits(self, batch: PagedBatch) -> Tensor:
-        """float [num_rows, vocab_size] of the rows that `batch` asks for."""
+        """float [num_rows, vocab_size] of the rows that `batch` asks for; on rank 0, elsewhere a part."""
         return self._model.step(batch, self._cache)
 
     def encode_image(self, tiles: NDArray[np.uint8]) -> Tensor:
         """The embeddings of one image, for `PagedBatch.image_embeddings`; the same in any company.
 
+        Of a pipeline, the first stage does it.
+
         tiles: uint8 [num_tiles, 3, height, width], as the front cuts them -> [num_tiles * tokens_per_tile, dim].
         """
         return self._model.embed_tiles(torch.tensor(tiles)).flatten(0, 1)
 
+    @property
+    def sees(self) -> bool:
+        """Whether `encode_image` is for this rank."""
+        return self.args.vision_args is not None and stage().is_first
+
+    @property
+    def _kv_heads(self) -> int:
+        return self.args.kv_heads // model_parallel_size()
+
+    @property
+    def _layers(self) -> range:
+        return stage().layers(self.args.n_layers)
+
+    def _block_bytes(self, *, own: bool) -> int:
+        """Memory of a block on this rank, or on all together."""
+        kv_heads, layers = (self._kv_heads, self._layers) if own else (self.args.kv_heads, None)
+        return PagedCache.bytes_per_block(self.args, kv_heads, self.block_size, self.dtype, layers)
+
     def _warm_up(self) -> None:
         """Touches every weight once, so that the first request does not pay for it."""
-        if self.args.vision_args is not None:
+        if self.args.vision_args is not None and self.sees:
             size = self.args.vision_args.image_size
             self.encode_image(np.zeros((1, 3, size.height, size.width), np.uint8))
         length = min(self.block_size, self.max_model_len)

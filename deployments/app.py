@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
-from deployments.config import ModelConfig, read
+from cluster.placement import misfit
+from deployments.config import ConfigError, ModelConfig, read
 from deployments.front.deployment import Front
 
 ENGINE: Any = "deployments.engine.deployment.Engine"
@@ -38,8 +40,35 @@ def _engine(model: ModelConfig) -> Application:
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        ray_actor_options={"num_cpus": 1},
         request_router_config=ROUTER,
+        **_placement(model),
         **HEALTH,
     )
     return deployment(ENGINE).bind(model)
+
+
+def _placement(model: ModelConfig) -> dict[str, Any]:
+    """Of a replica. Rank 0 is the replica itself, in the first bundle; the others have one each, near if possible."""
+    bundles = model.engine.bundles
+    if not bundles:
+        return {"ray_actor_options": {"num_cpus": 1}}
+    fault = None if model.engine.wait_for_nodes else misfit(bundles, _nodes())
+    if fault:
+        raise ConfigError(
+            f"model {model.id!r}, {len(bundles)} ranks: {fault}. Lower tensor_parallel_size or bundle_per_rank, add "
+            "nodes, or set wait_for_nodes if an autoscaler will"
+        )
+    return {
+        "ray_actor_options": {"num_cpus": bundles[0].get("CPU", 0), "num_gpus": bundles[0].get("GPU", 0)},
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": "PACK",
+    }
+
+
+def _nodes() -> dict[str, dict[str, float]]:
+    """What each living node has in all, by its address."""
+    return {
+        f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})": node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"]
+    }

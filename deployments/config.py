@@ -48,13 +48,23 @@ class EngineConfig(_Config):
     max_waiting_requests: int = Field(default=512, ge=0)
     """Requests that may wait beyond those that run; one more is answered 429."""
     num_threads: int | None = Field(default=None, gt=0)
-    """torch threads; `None` takes every CPU this process may use."""
+    """torch threads of a rank; `None` takes its share of the CPUs of its host."""
     tensor_parallel_size: int = Field(default=1, gt=0)
-    """Ranks that share each layer."""
+    """Ranks that share each layer; must divide heads, KV heads, hidden width and vocabulary."""
     pipeline_parallel_size: int = Field(default=1, gt=0)
-    """Stages that the layers are cut into, of `tensor_parallel_size` ranks each."""
+    """Stages that the layers are cut into, of `tensor_parallel_size` ranks each. One batch is in flight at a time."""
     bundle_per_rank: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1.0}
     """Ray resources of each rank, when there are several; one bundle of the replica's placement group."""
+    rank_timeout_s: float = Field(default=10.0, gt=0)
+    """A rank that is later than this is taken for dead, and its replica is replaced."""
+    wait_for_nodes: bool = False
+    """Deploy even though no node has room for a rank now: an autoscaler will bring one."""
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """One for each rank; none for a single rank, which is placed as its replica is."""
+        size = self.tensor_parallel_size * self.pipeline_parallel_size
+        return [dict(self.bundle_per_rank)] * size if size > 1 else []
 
 
 class ExpertsConfig(_Config):

@@ -6,6 +6,8 @@ from typing import Any
 
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
+from deployments.config import EngineConfig
+
 OURS = "deployments.app:build"
 DEFAULT_CPUS = {"front": 0.5}
 """What deployments.app gives a deployment that the YAML does not mention; any other gets 1."""
@@ -24,14 +26,14 @@ def check(config: ServeDeploySchema, available: Mapping[str, float]) -> None:
             shares = ", ".join(f"{name} {demand[resource]:g}" for name, demand in asked.items() if demand[resource])
             raise DoesNotFit(
                 f"the deployments need {total:g} {resource} ({shares}); this machine has {there:g}. "
-                "Lower num_replicas or ray_actor_options in the YAML"
+                "Lower num_replicas, ray_actor_options or bundle_per_rank in the YAML"
             )
 
 
 def demands(config: ServeDeploySchema) -> dict[str, Counter[str]]:
     """What all replicas of each deployment ask for together, by deployment name."""
     return {
-        deployment.name: _demand(deployment)
+        deployment.name: _demand(deployment, _bundles(application, deployment))
         for application in config.applications
         for deployment in [*application.deployments, *_unmentioned(application)]
     }
@@ -45,7 +47,16 @@ def _unmentioned(application: Any) -> list[DeploymentSchema]:
     return [DeploymentSchema(name=name) for name in names if name not in mentioned]
 
 
-def _demand(deployment: DeploymentSchema) -> Counter[str]:
+def _bundles(application: Any, deployment: DeploymentSchema) -> list[dict[str, float]]:
+    """Of one replica's ranks; none for a replica that is one process."""
+    said = deployment.model_dump(exclude_unset=True).get("placement_group_bundles")
+    if said or application.import_path != OURS:
+        return said or []
+    engines = {f"engine-{model.get('id')}": model.get("engine", {}) for model in application.args.get("models", ())}
+    return EngineConfig.model_validate(engines.get(deployment.name, {})).bundles
+
+
+def _demand(deployment: DeploymentSchema, bundles: list[dict[str, float]]) -> Counter[str]:
     said = deployment.model_dump(exclude_unset=True)
     options = said.get("ray_actor_options") or {}
     replicas = said.get("num_replicas")
@@ -57,4 +68,8 @@ def _demand(deployment: DeploymentSchema) -> Counter[str]:
         "memory": options.get("memory", 0),
         **options.get("resources", {}),
     }
+    if bundles:
+        one = {
+            resource: sum(bundle.get(resource, 0) for bundle in bundles) for bundle in bundles for resource in bundle
+        }
     return Counter({resource: amount * replicas for resource, amount in one.items() if amount})

@@ -112,16 +112,35 @@ class PagedCache:
     This is the plain torch form, any dtype; `model.packed.PackedCache` is the fast one.
     """
 
-    def __init__(self, args: ModelArgs, kv_heads: int, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        args: ModelArgs,
+        kv_heads: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        layers: range | None = None,
+    ) -> None:
+        """layers: those of a pipeline stage; None is all."""
         self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (args.n_layers, num_blocks * block_size, kv_heads, args.width_of_head)
+        self.layers = range(args.n_layers) if layers is None else layers
+        shape = (len(self.layers), num_blocks * block_size, kv_heads, args.width_of_head)
         self.keys = torch.zeros(shape, dtype=dtype)
         self.values = torch.zeros(shape, dtype=dtype)
 
     @staticmethod
-    def bytes_per_block(args: ModelArgs, kv_heads: int, block_size: int, dtype: torch.dtype) -> int:
-        """Memory of one block over all layers, keys and values."""
-        return 2 * args.n_layers * block_size * kv_heads * args.width_of_head * dtype.itemsize
+    def bytes_per_block(
+        args: ModelArgs, kv_heads: int, block_size: int, dtype: torch.dtype, layers: range | None = None
+    ) -> int:
+        """Memory of one block over all layers, or those of a stage, keys and values."""
+        return (
+            2
+            * (args.n_layers if layers is None else len(layers))
+            * block_size
+            * kv_heads
+            * args.width_of_head
+            * dtype.itemsize
+        )
 
     def at(self, batch: PagedBatch) -> KeyValues:
         """The cache as one step sees it."""
@@ -147,7 +166,8 @@ class PagedStep:
         self._positions = batch.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        place = layer - self._cache.layers.start
+        keys, values = self._cache.keys[place], self._cache.values[place]
         keys[self._written] = k
         values[self._written] = v
         out = torch.empty_like(q)

@@ -26,7 +26,7 @@ from model.layers import (
     column_parallel,
 )
 from model.moe import MoE
-from model.parallel import ensure_model_parallel, split
+from model.parallel import ensure_model_parallel, gather_columns, hand_over, split, stage
 from model.vision.embedding import VisionEmbeddings
 from model.vision.pixels import normalize_pixels
 
@@ -54,20 +54,30 @@ class LLM(nn.Module):
 
     Parameters are named as in Meta's checkpoints. `initialize=False` leaves them undefined, for
     a checkpoint to fill.
+
+    Of a pipeline this is one stage (stage.py): other stages' layers are placeholders without
+    parameters, and so are the embedding, the last norm and the output anywhere but on the first.
     """
 
     def __init__(self, args: ModelArgs, *, initialize: bool = True) -> None:
         super().__init__()
         ensure_model_parallel()
         split(args.vocab_size, "vocab_size")
-        self.args = args
-        self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w)
-        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
-        self.norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
-        self.output: nn.Module | None = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
+        self.args, self.stage = args, stage()
+        mine = self.stage.layers(args.n_layers)
+        self.layers = nn.ModuleList(
+            TransformerBlock(args, layer) if layer in mine else nn.Identity() for layer in range(args.n_layers)
+        )
+        self.tok_embeddings: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        self.output: nn.Module | None = None
+        if self.stage.is_first:
+            self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w)
+            self.norm = RMSNorm(args.dim, args.norm_eps)
+            self.output = None if args.tie_word_embeddings else column_parallel(args.dim, args.vocab_size)
         self.rope = RotaryEmbedding(args)
         self.cache: ContiguousCache | None = None
-        if args.vision_args is not None:
+        if args.vision_args is not None and self.stage.is_first:
             split(args.dim, "dim")
             self.vision_embeddings = VisionEmbeddings(args.vision_args)
             self.vision_projection = column_parallel(args.vision_args.output_dim, args.dim, gather=True)
@@ -82,7 +92,7 @@ class LLM(nn.Module):
             if parameter.dim() > 1:
                 into_residual = name.endswith(("wo.weight", "w2.weight", "w2"))
                 parameter.normal_(std=0.02 / (2 * self.args.n_layers) ** 0.5 if into_residual else 0.02)
-        if self.args.vision_args is not None:
+        if self.args.vision_args is not None and self.stage.is_first:
             self.vision_embeddings.initialize_parameters()
 
     def forward(self, inputs: TransformerInput, inference: bool = False) -> TransformerOutput:
@@ -91,6 +101,8 @@ class LLM(nn.Module):
         Without `inference` gradients flow and the batch is all there is to see. With it, keys and
         values of earlier calls are seen too: a row at position p continues what its cache holds.
         """
+        if self.stage.count > 1:
+            raise ValueError("one stage of a pipeline serves `step` only")
         positions = _positions(inputs)
         if int(positions.max()) >= self.args.max_seq_len:
             raise ValueError(f"position {int(positions.max())} is beyond max_seq_len ({self.args.max_seq_len})")
@@ -102,12 +114,10 @@ class LLM(nn.Module):
 
     @torch.inference_mode()
     def step(self, batch: PagedBatch, cache: PagedCache) -> Tensor:
-        """Logits [num_rows, vocab_size] of the tokens that `batch.logit_rows` names."""
-        x = self.tok_embeddings(batch.tokens)
-        if batch.image_rows is not None and batch.image_embeddings is not None:
-            x = x.index_copy(0, batch.image_rows, batch.image_embeddings.to(x.dtype))
-        hidden = self._hidden(x, batch.positions, cache.at(batch))
-        return self._logits(hidden[batch.logit_rows])
+        """Logits [num_rows, vocab_size] of the tokens that `batch.logit_rows` names; on rank 0, elsewhere a part."""
+        x = self._embedded_rows(batch) if self.stage.is_first else self._rows(len(batch.tokens))
+        x = self._through_stages(x, batch, cache.at(batch))
+        return gather_columns(self._own_logits(self.norm(x))) if self.stage.is_first else x
 
     @torch.inference_mode()
     def embed_tiles(self, tiles: Tensor) -> Tensor:
@@ -117,14 +127,37 @@ class LLM(nn.Module):
         tiles: uint8 [num_tiles, 3, height, width] -> [num_tiles, tokens_per_tile, dim].
         """
         self._check_vision()
-        pixels = normalize_pixels(tiles).to(self.tok_embeddings.weight.dtype)
+        pixels = normalize_pixels(tiles).to(next(self.parameters()).dtype)
         return self.vision_projection(self.vision_embeddings.embed(pixels))
 
     def blocks(self) -> Iterator[TransformerBlock]:
-        """The layers, first to last."""
+        """The layers of this stage, first to last."""
         for block in self.layers:
-            assert isinstance(block, TransformerBlock)
-            yield block
+            if isinstance(block, TransformerBlock):
+                yield block
+
+    def _embedded_rows(self, batch: PagedBatch) -> Tensor:
+        x = self.tok_embeddings(batch.tokens)
+        if batch.image_rows is None or batch.image_embeddings is None:
+            return x
+        return x.index_copy(0, batch.image_rows, batch.image_embeddings.to(x.dtype))
+
+    def _rows(self, count: int) -> Tensor:
+        """Room for what another stage sends."""
+        return next(self.parameters()).new_empty(count, self.args.dim)
+
+    def _through_stages(self, x: Tensor, batch: PagedBatch, kv: KeyValues) -> Tensor:
+        """The logit rows of x [num_tokens, dim] after all layers; what counts is the first stage's."""
+        where = self._positional(batch.positions)
+        count = self.stage.count
+        for index in range(count):
+            if index == self.stage.index:
+                x = self._layers(x, where, kv)
+            if index == count - 1:
+                x = x[batch.logit_rows] if index == self.stage.index else self._rows(len(batch.logit_rows))
+            if count > 1:
+                hand_over(x, index, (index + 1) % count)
+        return x
 
     def _embedded(self, inputs: TransformerInput) -> Tensor:
         """[batch, length, dim]: what the first layer sees of tokens and images."""
@@ -139,20 +172,29 @@ class LLM(nn.Module):
         if self.args.vision_args is None:
             raise ValueError("this model sees no images (vision_args is None)")
 
-    def _hidden(self, x: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
+    def _positional(self, positions: Tensor) -> Positional:
         cosine, sine = self.rope(positions)
-        where = Positional(cosine, sine, attention_temperature(positions, self.args))
-        for layer in self.layers:
-            x = layer(x, where, kv)
-        return self.norm(x)
+        return Positional(cosine, sine, attention_temperature(positions, self.args))
+
+    def _layers(self, x: Tensor, where: Positional, kv: KeyValues) -> Tensor:
+        for block in self.blocks():
+            x = block(x, where, kv)
+        return x
+
+    def _hidden(self, x: Tensor, positions: Tensor, kv: KeyValues) -> Tensor:
+        return self.norm(self._layers(x, self._positional(positions), kv))
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
+        """[..., vocab_size / ranks]: of this rank's part of the vocabulary."""
+        if self.output is not None:
+            return self.output(hidden)
+        return F.linear(hidden, self.tok_embeddings.get_parameter("weight"))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if self.output is not None:
-            return gather_from_model_parallel_region(self.output(hidden))
-        return gather_from_model_parallel_region(F.linear(hidden, self.tok_embeddings.weight))
+        return gather_from_model_parallel_region(self._own_logits(hidden))
 
     def _contiguous_cache(self) -> ContiguousCache:
-        weight = self.tok_embeddings.weight
+        weight = self.tok_embeddings.get_parameter("weight")
         if self.cache is None or self.cache.keys.dtype != weight.dtype or self.cache.keys.device != weight.device:
             kv_heads = split(self.args.kv_heads, "n_kv_heads")
             self.cache = ContiguousCache(self.args, kv_heads, weight.dtype, weight.device)

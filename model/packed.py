@@ -6,6 +6,7 @@ definition and the oracle; a packed model serves `LLM.step` and nothing else.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.args import ModelArgs
@@ -15,7 +16,7 @@ from model.kv_cache import PagedCache
 from model.layers import Attention, FeedForward, Positional, RMSNorm
 from model.model import LLM
 from model.moe import Experts, LocalExperts, MoE, Ready, compute_by_expert, dispatch, route
-from model.parallel import model_parallel_size, reduce
+from model.parallel import model_parallel_rank, model_parallel_size, reduce
 
 
 def can_pack(args: ModelArgs, dtype: torch.dtype, block_size: int) -> bool:
@@ -29,9 +30,11 @@ def can_pack(args: ModelArgs, dtype: torch.dtype, block_size: int) -> bool:
 @torch.no_grad()
 def pack(model: LLM) -> LLM:
     """Swaps the modules of `model` for packed ones and frees the weights they came from."""
-    output = model.output or model.tok_embeddings
-    model.output = PackedOutput(output.get_parameter("weight"))
-    model.norm = _packed(model.norm)
+    if model.stage.is_first:
+        output = model.output or model.tok_embeddings
+        model.output = PackedOutput(output.get_parameter("weight"))
+        model.norm = _packed(model.norm)
+        model.tok_embeddings = PackedEmbedding(model.tok_embeddings.get_parameter("weight"))
     for block in model.blocks():
         for name, part in block.named_children():
             setattr(block, name, _packed(part))
@@ -62,7 +65,8 @@ class PackedStep:
     """One step over a `PackedCache`; `PackedAttention` reads it directly."""
 
     def __init__(self, cache: PackedCache, batch: PagedBatch) -> None:
-        self.keys, self.values = cache.keys.unbind(0), cache.values.unbind(0)
+        self.keys = dict(zip(cache.layers, cache.keys.unbind(0), strict=True))
+        self.values = dict(zip(cache.layers, cache.values.unbind(0), strict=True))
         self.batch, self.block_size = batch, cache.block_size
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
@@ -152,6 +156,24 @@ class PackedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cpu.rms_norm(x, self.weight, self.eps)
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of the vocabulary, which is split over ranks: those of other ranks count as zero in the sum."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: [vocab_size / ranks, dim]."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.first = model_parallel_rank() * len(weight) if model_parallel_size() > 1 else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [rows] -> [rows, dim]."""
+        if self.first is None:
+            return F.embedding(tokens, self.weight)
+        own = tokens - self.first
+        absent = (own < 0) | (own >= len(self.weight))
+        return reduce(F.embedding(own.masked_fill_(absent, 0), self.weight).masked_fill_(absent.unsqueeze(-1), 0))
 
 
 class PackedOutput(nn.Module):

@@ -1,4 +1,4 @@
-"""The engine as a Serve deployment: one replica runs one model on one shard.
+"""The engine as a Serve deployment: one replica runs one model, on one shard or on a group of them.
 
 `deployments.app` makes the class a deployment and sets its options.
 """
@@ -6,9 +6,13 @@
 import asyncio
 import gc
 import logging
+import os
 import time
+from typing import Any
 
+from cluster.ranks import start_group
 from cluster.shard import Shard
+from cluster.shard_group import ShardGroup
 from deployments.config import ModelConfig
 from deployments.engine.blocks import BlockPool
 from deployments.engine.heartbeat import Heartbeat
@@ -30,7 +34,7 @@ class Engine:
     Raises ValueError at construction when the model or its KV cache do not fit.
     """
 
-    def __init__(self, config: ModelConfig, shard: Shard | None = None) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard | ShardGroup | None = None) -> None:
         begun = time.monotonic()
         thread = ModelThread()
         self._shard = thread.submit(lambda: _load(config)).result() if shard is None else shard
@@ -104,8 +108,10 @@ class Engine:
             raise RuntimeError(f"engine of {self._description.model_id}: {self._loop.error}")
 
     def stop(self) -> None:
-        """Ends the step thread; unfinished requests fail."""
+        """Ends the step thread, and the other ranks; unfinished requests fail."""
         self._loop.stop()
+        if isinstance(self._shard, ShardGroup):
+            self._shard.stop()
         self._heartbeat.stop()
 
     def __del__(self) -> None:
@@ -114,11 +120,13 @@ class Engine:
             loop.stop()
         if heartbeat := getattr(self, "_heartbeat", None):
             heartbeat.stop()
+        if isinstance(shard := getattr(self, "_shard", None), ShardGroup):
+            shard.stop()
 
 
-def _load(config: ModelConfig) -> Shard:
+def _load(config: ModelConfig) -> Shard | ShardGroup:
     engine = config.engine
-    return Shard(
+    options: dict[str, Any] = dict(
         path=config.path,
         dtype=engine.dtype,
         block_size=engine.block_size,
@@ -128,6 +136,18 @@ def _load(config: ModelConfig) -> Shard:
         kv_cache_memory_share=engine.kv_cache_memory_share,
         num_threads=engine.num_threads,
     )
+    if not engine.bundles:
+        return Shard(**options)
+    return start_group(
+        engine.tensor_parallel_size, engine.pipeline_parallel_size, options, engine.rank_timeout_s, _end_replica
+    )
+
+
+def _end_replica(reason: str) -> None:
+    """A group that has lost a rank ends whole: Serve sees the replica's process end, and starts another at once."""
+    logger.critical("the replica ends: %s", reason)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _vision(args: VisionArgs | None) -> VisionDescription | None:

@@ -12,6 +12,7 @@ from model.checkpoint.errors import CheckpointError
 from model.checkpoint.loading import load_parameters
 from model.checkpoint.slices import check_world_size, rank_region
 from model.checkpoint.source import TensorSource
+from model.stage import WHOLE, Stage
 
 _EXPERTS = ".feed_forward.experts."
 
@@ -37,15 +38,22 @@ class Checkpoint:
     args: ModelArgs
     sources: Mapping[str, TensorSource]
 
-    def load_into(self, model: nn.Module, rank: int = 0, world_size: int = 1, *, experts: bool = True) -> None:
+    def load_into(
+        self, model: nn.Module, rank: int = 0, world_size: int = 1, *, experts: bool = True, stage: Stage = WHOLE
+    ) -> None:
         """Fills the parameters of `model`, in their own dtype and device, with the part of `rank`.
 
+        world_size: tensor-parallel ranks. stage: of a pipeline, whose other layers are left unread.
         Without `experts`, for a model whose routed experts are elsewhere, theirs are left unread.
         Raises CheckpointError when the model does not cut into `world_size` parts, or names every
         tensor that is missing, extra or mis-shaped; the model is untouched then.
         """
         check_world_size(self.args, rank, world_size)
-        sources = {name: source for name, source in self.sources.items() if experts or _EXPERTS not in name}
+        sources = {
+            name: source
+            for name, source in self.sources.items()
+            if (experts or _EXPERTS not in name) and stage.owns(name, self.args.n_layers)
+        }
         load_parameters(dict(model.named_parameters()), sources, self.location, rank, world_size)
 
     def read_expert(

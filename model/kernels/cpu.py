@@ -1,25 +1,19 @@
-"""Loads cpu.cpp and calls it on torch tensors.
+"""Compiles cpu.cpp (build.py) and calls it on torch tensors.
 
-The library is compiled once for each version of the source, by the machine's own C++
-compiler, into the user's cache folder (`MORAY_CACHE`, else `~/.cache/moray`). Where the
-CPU has no AVX512-BF16, or there is no compiler, `available()` is False and the model runs
-on torch alone.
+Where the CPU has no AVX512-BF16, or there is no compiler, `available()` is False and the
+model runs on torch alone.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.datatypes import PagedBatch
+from model.kernels import build
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +23,7 @@ MAX_HEAD_DIM = 256
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _ISA = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *_ISA]
+_FLAGS = ["-fopenmp", *_ISA]
 _BF16, _FLOAT, _SWIGLU = 0, 1, 2
 
 
@@ -40,16 +34,15 @@ def available() -> bool:
         return False
     try:
         _library()
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("CPU kernels are off, plain torch runs instead (slower): %s", detail)
+    except build.CannotBuild as error:
+        logger.warning("CPU kernels are off, plain torch runs instead (slower): %s", error)
         return False
     return True
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_compiled()))
+    library = build.library(_SOURCE, _FLAGS)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.moray_pack.argtypes = [pointer, pointer, size, size]
     library.moray_matmul.argtypes = [pointer, size, pointer, pointer, size, size, size, size, ctypes.c_int]
@@ -58,24 +51,6 @@ def _library() -> ctypes.CDLL:
         [pointer] * 7 + [size] + [pointer] * 2 + [size, pointer] + [size] * 5 + [ctypes.c_float] * 2
     )
     return library
-
-
-def _compiled() -> Path:
-    """Path of the shared library, built if it is not there yet."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
-        raise OSError("no C++ compiler (g++ or clang++) on the PATH")
-    folder = Path(os.environ.get("MORAY_CACHE") or Path.home() / ".cache" / "moray")
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *_FLAGS]).encode()).hexdigest()[:16]
-    target = folder / f"cpu-{key}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Processes that start together each build; the rename makes the last one win whole.
-        handle, building = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(handle)
-        subprocess.run([compiler, *_FLAGS, "-o", building, str(_SOURCE)], check=True, capture_output=True, text=True)
-        os.replace(building, target)
-    return target
 
 
 class PackedLinear:

@@ -1,0 +1,94 @@
+"""The ranks of a model as Ray actors: each in its bundle of the engine replica's placement group.
+
+Ray places them and is told when one ends; the steps go over cluster/parallel.py.
+"""
+
+import logging
+import threading
+from typing import Any
+
+import ray
+from ray.util import get_current_placement_group, get_node_ip_address
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.parallel import Layout, Rendezvous, World
+from cluster.shard_group import OnLost, ShardGroup, follow
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""For the processes of all ranks to start and to find each other."""
+
+
+class Rank:
+    """A follower's actor."""
+
+    def node(self) -> tuple[str, str]:
+        """Ray's id of the node it is on, and its address."""
+        return _node()
+
+    def run(self, layout: Layout, rank: int, rendezvous: str, options: dict[str, Any], rank_timeout_s: float) -> None:
+        """Returns when the group has stopped; raises what `Shard` raises. Ends the process when the group is lost."""
+        follow(World(layout, rank, rendezvous, START_SECONDS, _node()[1]), options, rank_timeout_s)
+
+
+def start_group(
+    tensor: int, stages: int, options: dict[str, Any], rank_timeout_s: float, on_lost: OnLost
+) -> ShardGroup:
+    """Starts the other ranks, and is rank 0, in the thread that will compute.
+
+    options: of `Shard`. Raises ValueError when this actor's placement group has too few bundles,
+    RankLost when a rank ends before all are ready, and what `Shard` raises.
+    """
+    size = tensor * stages
+    followers = _start_followers(size)
+    try:
+        nodes = [_node(), *ray.get([follower.node.remote() for follower in followers], timeout=START_SECONDS)]
+        layout = Layout(tensor, stages, tuple(node for node, _ in nodes))
+        num_hosts, address = len(set(layout.hosts)), nodes[0][1]
+        rendezvous = Rendezvous(None if num_hosts == 1 else address)
+        runs = [
+            follower.run.remote(layout, rank, rendezvous.address, options, rank_timeout_s)
+            for rank, follower in enumerate(followers, start=1)
+        ]
+        group = ShardGroup(World(layout, 0, rendezvous, START_SECONDS, address), rank_timeout_s, on_lost)
+        threading.Thread(target=_watch, args=(runs, group), name="watch-actors", daemon=True).start()
+        logger.info("%d stages of %d ranks on %d hosts", stages, tensor, num_hosts)
+        group.load(options)
+        return group
+    except BaseException:
+        for follower in followers:
+            ray.kill(follower)
+        raise
+
+
+def _start_followers(size: int) -> list[Any]:
+    group = get_current_placement_group()
+    if group is None or len(group.bundle_specs) < size:
+        held = 0 if group is None else len(group.bundle_specs)
+        raise ValueError(
+            f"{size} ranks need a placement group of {size} bundles, one a rank; this replica's has {held}. "
+            "Leave placement_group_bundles out of the YAML, or give that many"
+        )
+    actor = ray.remote(Rank)
+    return [
+        actor.options(
+            num_cpus=group.bundle_specs[rank].get("CPU", 0),
+            num_gpus=group.bundle_specs[rank].get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        ).remote()
+        for rank in range(1, size)
+    ]
+
+
+def _node() -> tuple[str, str]:
+    return ray.get_runtime_context().get_node_id(), get_node_ip_address()
+
+
+def _watch(runs: list[Any], group: ShardGroup) -> None:
+    """Ray tells of a death on another host, and why a rank did not load."""
+    (first, *_), _ = ray.wait(runs, num_returns=1)
+    try:
+        ray.get(first)
+    except ray.exceptions.RayError as error:
+        group.lose(f"rank {runs.index(first) + 1}: {error}")

@@ -1,0 +1,46 @@
+"""Compiles a C++ file of this package into a shared library, once for each version of it.
+
+The machine's own compiler does it, into the user's cache folder (`MORAY_CACHE`, else `~/.cache/moray`).
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it does not accept the source. The message is its own."""
+
+
+def library(source: Path, flags: list[str]) -> ctypes.CDLL:
+    """`source` compiled with `flags` beside the usual ones, and loaded. Raises CannotBuild."""
+    try:
+        return ctypes.CDLL(str(_compiled(source, [*_FLAGS, *flags])))
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(error.stderr) from error
+    except OSError as error:
+        raise CannotBuild(str(error)) from error
+
+
+def _compiled(source: Path, flags: list[str]) -> Path:
+    """Path of the shared library, built if it is not there yet."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++ or clang++) on the PATH")
+    folder = Path(os.environ.get("MORAY_CACHE") or Path.home() / ".cache" / "moray")
+    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    target = folder / f"{source.stem}-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Processes that start together each build; the rename makes the last one win whole.
+        handle, building = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+        subprocess.run([compiler, *flags, "-o", building, str(source)], check=True, capture_output=True, text=True)
+        os.replace(building, target)
+    return target

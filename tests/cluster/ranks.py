@@ -1,0 +1,62 @@
+"""Runs a function on real ranks: processes that the test starts, ends and may kill."""
+
+import multiprocessing as mp
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+SECONDS = 120
+
+
+def _rank(connection: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    try:
+        answer = (function(*arguments), None)
+    except BaseException:
+        answer = (None, traceback.format_exc())
+    connection.send_bytes(pickle.dumps(answer))  # `send` would leave tensors behind, in memory of this process
+
+
+class Ranks:
+    """`function(rank, *arguments)` in a process for each of `ranks`."""
+
+    def __init__(self, ranks: Sequence[int], function: Callable[..., Any], *arguments: Any) -> None:
+        context = mp.get_context("spawn")
+        self.processes, self._pipes = [], []
+        for rank in ranks:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(theirs, function, (rank, *arguments)), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._pipes.append(ours)
+
+    def results(self) -> list[Any]:
+        """What the function returned on each rank; fails with the traceback of the one that raised."""
+        results = []
+        for pipe, process in zip(self._pipes, self.processes, strict=True):
+            assert pipe.poll(SECONDS), f"{process} did not finish"
+            result, error = pickle.loads(pipe.recv_bytes())
+            assert error is None, error
+            results.append(result)
+        for process in self.processes:
+            process.join(SECONDS)
+        return results
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(rank, *arguments)` returns on each of `size` ranks."""
+    ranks = Ranks(range(size), function, *arguments)
+    try:
+        return ranks.results()
+    finally:
+        ranks.kill()

@@ -1,0 +1,196 @@
+"""Groups of real processes compute what one process does: the same tokens, in every split."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.frames import Frame, Kind, decode, encode
+from cluster.parallel import Layout, Rendezvous, World, backend
+from cluster.shard import Shard
+from cluster.shard_group import ShardGroup, follow
+from model import LLM, ModelArgs
+from model.args import MoEArgs, Size, VisionArgs
+from model.datatypes import PagedBatch
+from model.sampling import SamplingBatch
+from tests.cluster.ranks import on_ranks
+
+BLOCK = 16
+PROMPTS = [list(range(3, 3 + length)) for length in (1, 5, 40, 17)]
+OUTPUTS = 12
+SMALL = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=4, vocab_size=192, ffn_hidden_dim=128, max_seq_len=256)
+IROPE = dict(attention_chunk_size=24, nope_layer_interval=4, use_qk_norm=True, attn_temperature_tuning=True)
+VISION = VisionArgs(
+    image_size=Size(height=8, width=8), patch_size=Size(height=2, width=2), dim=32, n_layers=2, n_heads=4,
+    mlp_ratio=2.0, output_dim=24, pixel_shuffle_ratio=0.5,
+)  # fmt: skip
+TILES = np.arange(2 * 3 * 8 * 8, dtype=np.uint8).reshape(2, 3, 8, 8)
+
+
+def save_model(folder: Path, **changes: Any) -> str:
+    """A random model as Meta would publish it, its logits of order one."""
+    torch.manual_seed(0)
+    args = ModelArgs(**(SMALL | changes))
+    model = LLM(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    folder.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(args.model_dump(mode="json")))
+    return str(folder)
+
+
+def greedy(executor: Any, prompts: list[list[int]], count: int) -> tuple[list[list[int]], torch.Tensor]:
+    """`count` tokens after each prompt, prefilled in two chunks; and all logits that they came from."""
+    tokens, logits = [list(prompt) for prompt in prompts], []
+    longest = max(map(len, prompts)) + count
+    blocks = -(-longest // BLOCK)
+    tables = torch.arange(len(prompts) * blocks, dtype=torch.int32).view(len(prompts), blocks)
+    done = [0] * len(prompts)
+    while any(len(row) < len(prompt) + count for row, prompt in zip(tokens, prompts, strict=True)):
+        ends = [min(len(row), d + 20) for row, d in zip(tokens, done, strict=True)]
+        order = sorted(range(len(prompts)), key=lambda s: ends[s] - done[s] > 1)
+        starts = torch.tensor([0, *(ends[s] - done[s] for s in order)]).cumsum(0).int()
+        batch = PagedBatch(
+            tokens=torch.tensor([t for s in order for t in tokens[s][done[s] : ends[s]]]),
+            positions=torch.tensor([p for s in order for p in range(done[s], ends[s])]),
+            query_starts=starts,
+            context_lens=torch.tensor([ends[s] for s in order], dtype=torch.int32),
+            block_tables=tables[order].contiguous(),
+            logit_rows=starts[1:].long() - 1,
+            num_decodes=sum(ends[s] - done[s] == 1 for s in order),
+        )
+        rows = executor.logits(batch)
+        assert executor.step(batch, SamplingBatch(len(order))).tokens == rows.argmax(1).tolist()
+        for s, row in zip(order, rows, strict=True):
+            if ends[s] == len(tokens[s]):
+                tokens[s].append(int(row.argmax()))
+                logits.append(row.float())
+            done[s] = ends[s]
+    return [row[len(prompt) : len(prompt) + count] for row, prompt in zip(tokens, prompts, strict=True)], torch.stack(
+        logits
+    )
+
+
+def options(path: str, dtype: str) -> dict[str, Any]:
+    return dict(
+        path=path, dtype=dtype, block_size=BLOCK, max_num_seqs=8, max_model_len=128, kv_cache_memory=2**22,
+        num_threads=1,
+    )  # fmt: skip
+
+
+def run_rank(rank: int, layout: Layout, address: str, cases: list[dict[str, Any]], count: int) -> Any:
+    """On rank 0: what `greedy` gives for each case, and an image's embeddings if the model sees."""
+    world = World(layout, rank, address, start_seconds=60)
+    found = []
+    for case in cases:
+        if rank:
+            follow(world, case, rank_timeout_s=20)
+            continue
+        group = ShardGroup(world, rank_timeout_s=20, on_lost=lambda reason: None)
+        group.load(case)
+        image = group.encode_image(TILES) if group.args.vision_args else None
+        found.append((group.num_blocks, *greedy(group, PROMPTS, count), image))
+        group.stop()
+    return found
+
+
+def run_group(tensor: int, stages: int, cases: list[dict[str, Any]], hosts: list[str] | None = None) -> Any:
+    rendezvous = Rendezvous()
+    layout = Layout(tensor, stages, tuple(hosts or ["here"] * (tensor * stages)))
+    try:
+        return on_ranks(layout.size, run_rank, layout, rendezvous.address, cases, OUTPUTS)[0]
+    finally:
+        rendezvous.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    moe = MoEArgs(num_experts=4, hidden_dim=64, interleave_moe_layer_step=2)
+    return {
+        "tied": save_model(folder / "tied", tie_word_embeddings=True, n_layers=5),
+        "irope": save_model(folder / "irope", **IROPE, moe_args=moe, vision_args=VISION),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(models: dict[str, str]) -> dict[tuple[str, str], Any]:
+    """What one process gives, by model and dtype."""
+    found = {}
+    for name, path in models.items():
+        for dtype in ("float32", "bfloat16"):
+            shard = Shard(**options(path, dtype))
+            image = shard.encode_image(TILES) if shard.args.vision_args else None
+            found[name, dtype] = (shard.num_blocks, *greedy(shard, PROMPTS, OUTPUTS), image)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stages", "hosts"),
+    [
+        (2, 1, None),
+        (4, 1, None),
+        (1, 2, None),
+        (1, 3, None),
+        (2, 2, None),
+        (2, 1, ["one", "other"]),
+        (2, 2, ["one", "one", "other", "other"]),
+    ],
+    ids=["tp2", "tp4", "pp2", "pp3", "tp2pp2", "gloo", "two-hosts"],
+)
+def test_every_split_gives_the_tokens_of_one_process(models, alone, tensor, stages, hosts) -> None:
+    keys = list(alone)
+    got = run_group(tensor, stages, [options(models[name], dtype) for name, dtype in keys], hosts)
+    for key, (blocks, tokens, logits, image) in zip(keys, got, strict=True):
+        expected_blocks, expected_tokens, expected_logits, expected_image = alone[key]
+        assert blocks == expected_blocks
+        scale = expected_logits.std()
+        if key[1] == "float32":
+            assert tokens == expected_tokens
+            torch.testing.assert_close(logits / scale, expected_logits / scale, rtol=1e-4, atol=1e-4)
+        else:  # tokens after the first of each prompt may follow from different ones
+            first = (logits[: len(PROMPTS)] - expected_logits[: len(PROMPTS)]) / scale
+            assert first.square().mean().sqrt() < 0.05
+        if expected_image is not None:
+            error = (image.float() - expected_image.float()).abs().max() / expected_image.float().abs().max()
+            assert error < (1e-5 if key[1] == "float32" else 0.05)
+
+
+def test_groups_on_one_host_share_memory_and_others_use_gloo() -> None:
+    layout = Layout(2, 2, ("a", "a", "b", "b"))
+    assert backend(layout, layout.tensor_groups()) == "shm"
+    assert backend(layout, layout.pipeline_groups()) == "gloo"
+    assert backend(layout, [range(4)]) == "gloo"
+    assert backend(layout, layout.tensor_groups(), "cuda") == "nccl"
+    assert layout.neighbours(3) == [2, 3]
+    with pytest.raises(ValueError, match="2 stages of 1 ranks need 2 hosts"):
+        Layout(1, 2, ("a",))
+
+
+def test_frames_come_back_as_they_went() -> None:
+    batch = PagedBatch(
+        tokens=torch.arange(7), positions=torch.arange(7) * 2, query_starts=torch.tensor([0, 1, 7], dtype=torch.int32),
+        context_lens=torch.tensor([4, 9], dtype=torch.int32),
+        block_tables=torch.arange(6, dtype=torch.int32).view(2, 3),
+        logit_rows=torch.empty(0, dtype=torch.int64), num_decodes=1, image_rows=torch.tensor([3]),
+        image_embeddings=torch.randn(1, 5).bfloat16(),
+    )  # fmt: skip
+    strided = dataclasses.replace(batch, block_tables=torch.arange(12, dtype=torch.int32).view(2, 6)[:, ::2])
+    for sent in (batch, strided, dataclasses.replace(batch, image_rows=None, image_embeddings=None)):
+        got = decode(encode(Frame(Kind.STEP, sent))).batch
+        assert got is not None
+        assert got.num_decodes == 1
+        for field in dataclasses.fields(PagedBatch):
+            if field.name != "num_decodes":
+                a, b = getattr(got, field.name), getattr(sent, field.name)
+                assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
+    tiles = decode(encode(Frame(Kind.IMAGE, tiles=torch.from_numpy(TILES)))).tiles
+    assert tiles is not None
+    assert (tiles.numpy() == TILES).all()
+    assert decode(encode(Frame(Kind.BEAT))) == Frame(Kind.BEAT)
