@@ -37,15 +37,17 @@ class Ranks:
 
     def results(self) -> list[Any]:
         """What the function returned on each rank; fails with the traceback of the one that raised."""
-        results = []
-        for pipe, process in zip(self._pipes, self.processes, strict=True):
-            assert pipe.poll(SECONDS), f"{process} did not finish"
-            result, error = pickle.loads(pipe.recv_bytes())
-            assert error is None, error
-            results.append(result)
+        results = [self.result(place) for place in range(len(self._pipes))]
         for process in self.processes:
             process.join(SECONDS)
         return results
+
+    def result(self, place: int) -> Any:
+        """What one of them returned."""
+        assert self._pipes[place].poll(SECONDS), f"{self.processes[place]} did not finish"
+        result, error = pickle.loads(self._pipes[place].recv_bytes())
+        assert error is None, error
+        return result
 
     def kill(self) -> None:
         for process in self.processes:
