@@ -2,7 +2,7 @@
 
 HF_FOLDER := models/hf/SmolLM2-135M-Instruct
 
-.PHONY: bench-peers bench-client quality
+.PHONY: bench-peers bench-client bench-tp quality
 bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
@@ -10,6 +10,9 @@ bench-client: .venv-peers/.installed $(HF_FOLDER)/config.json  ## `vllm bench se
 	HF_HUB_OFFLINE=1 .venv-peers/bin/python benchmarks/vllm_bench_serve.py --backend openai-chat --endpoint /v1/chat/completions \
 		--base-url http://127.0.0.1:8000 --model SmolLM2-135M-Instruct --tokenizer $(HF_FOLDER) --dataset-name random \
 		--random-input-len 100 --random-output-len 128 --num-prompts 64 --max-concurrency 32 --ignore-eos $(ARGS)
+
+bench-tp: setup-dev  ## Two tensor-parallel ranks of one thread beside one rank of two threads
+	.venv/bin/python -m benchmarks.tensor_parallel $(ARGS)
 
 quality:  ## Perplexity and agreement with transformers, fp32 and bf16
 	.venv/bin/python -m benchmarks.quality $(ARGS)

@@ -88,7 +88,8 @@ class SharedMemory:
         self.rank, self.size = rank, size
         if spin_ns is None:
             spin_ns = SPIN_NS if size <= len(os.sched_getaffinity(0)) else SPIN_CROWDED_NS
-        self._library = _library()
+        self._library = library = _library()
+        self._sums = {torch.bfloat16: library.moray_all_reduce_bf16, torch.float32: library.moray_all_reduce_float}
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._group = self._library.moray_join(descriptor, rank, size, spin_ns)
@@ -110,11 +111,10 @@ class SharedMemory:
 
         Summed in the order of ranks: all get the same bits, whatever else is in x.
         """
-        library = self._library
-        sums = {torch.bfloat16: library.moray_all_reduce_bf16, torch.float32: library.moray_all_reduce_float}
-        if x.dtype not in sums:
+        total = self._sums.get(x.dtype)
+        if total is None:
             raise TypeError(f"cannot sum {x.dtype} in shared memory")
-        self._check(sums[x.dtype](self._group, _contiguous(x).data_ptr(), x.numel()))
+        self._check(total(self._group, _contiguous(x).data_ptr(), x.numel()))
         return x
 
     def broadcast(self, x: Tensor, root: int, readers: int = EVERYONE) -> Tensor:

@@ -4,11 +4,11 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.demand import DoesNotFit, check, demands
 
 
-def config(*deployments: dict[str, object]) -> ServeDeploySchema:
+def config(*deployments: dict[str, object], **engine: object) -> ServeDeploySchema:
     application = {
         "name": "moray",
         "import_path": "deployments.app:build",
-        "args": {"models": [{"id": "m", "path": "x"}]},
+        "args": {"models": [{"id": "m", "path": "x", "engine": engine}]},
         "deployments": list(deployments),
     }
     return ServeDeploySchema.model_validate({"applications": [application]})
@@ -34,3 +34,14 @@ def test_the_message_names_who_asks_for_what() -> None:
 def test_other_resources_count_too() -> None:
     with pytest.raises(DoesNotFit, match="need 1 GPU"):
         check(config({"name": "engine-m", "ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}), {"CPU": 8})
+
+
+def test_every_rank_of_every_replica_counts() -> None:
+    ranks = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "bundle_per_rank": {"CPU": 0.5, "GPU": 1}}
+    assert demands(config(**ranks))["engine-m"] == {"CPU": 2, "GPU": 4}
+    two = config({"name": "engine-m", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}}, **ranks)
+    assert demands(two)["engine-m"] == {"CPU": 4, "GPU": 8}
+    bundles = config({"name": "engine-m", "placement_group_bundles": [{"CPU": 1}, {"CPU": 3}]}, **ranks)
+    assert demands(bundles)["engine-m"] == {"CPU": 4}
+    with pytest.raises(DoesNotFit, match="need 4 GPU"):
+        check(config(**ranks), {"CPU": 8})
