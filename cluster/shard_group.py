@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -129,13 +129,16 @@ def follow(world: World, options: dict[str, Any], rank_timeout_s: float) -> None
     watch = Watch(world.pids, lambda rank, pid: _end(world, f"rank {rank} (pid {pid}) has died"))
     try:
         shard = _loaded(world, options)
-        # The leader beats once a second; it may be late, and so may be its beat.
-        world.set_deadline(rank_timeout_s + BEAT_SECONDS)
-        while (frame := receive(world.frames)).kind is not Kind.STOP:
-            _obey(shard, frame)
-        watch.stop()
     except RankLost as error:
         _end(world, str(error))
+    # The leader beats once a second; it may be late, and so may be its beat.
+    world.set_deadline(rank_timeout_s + BEAT_SECONDS)
+    try:
+        while (frame := receive(world.frames)).kind is not Kind.STOP:
+            _obey(shard, frame)
+    except Exception as error:  # whatever it is, this rank is no longer where the others are
+        _end(world, f"{type(error).__name__}: {error}")
+    watch.stop()
 
 
 def _loaded(world: World, options: dict[str, Any]) -> Shard:
@@ -151,7 +154,7 @@ def _obey(shard: Shard, frame: Frame) -> None:
         shard.encode_image(frame.tiles.numpy())
 
 
-def _end(world: World, reason: str) -> None:
+def _end(world: World, reason: str) -> NoReturn:
     logger.critical("rank %d ends with its group: %s", world.rank, reason)
     logging.shutdown()
     os._exit(1)

@@ -1,5 +1,6 @@
 """From a Serve YAML's `args` to the application: one front deployment, one engine deployment for each model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -41,22 +42,25 @@ def _engine(model: ModelConfig) -> Application:
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         request_router_config=ROUTER,
-        **_placement(model),
+        **placement(model, _nodes()),
         **HEALTH,
     )
     return deployment(ENGINE).bind(model)
 
 
-def _placement(model: ModelConfig) -> dict[str, Any]:
-    """Of a replica. Rank 0 is the replica itself, in the first bundle; the others have one each, near if possible."""
+def placement(model: ModelConfig, nodes: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:
+    """Of a replica. Rank 0 is the replica itself, in the first bundle; the others have one each, near if possible.
+
+    nodes: what each has in all; None when no cluster is known. Raises ConfigError when ranks fit on none.
+    """
     bundles = model.engine.bundles
     if not bundles:
         return {"ray_actor_options": {"num_cpus": 1}}
-    fault = None if model.engine.wait_for_nodes else misfit(bundles, _nodes())
+    fault = None if nodes is None or model.engine.wait_for_nodes else misfit(bundles, nodes)
     if fault:
         raise ConfigError(
-            f"model {model.id!r}, {len(bundles)} ranks: {fault}. Lower tensor_parallel_size or bundle_per_rank, add "
-            "nodes, or set wait_for_nodes if an autoscaler will"
+            f"model {model.id!r} has {len(bundles)} ranks: {fault}. Lower tensor_parallel_size or bundle_per_rank, "
+            "add nodes, or set wait_for_nodes if an autoscaler will"
         )
     return {
         "ray_actor_options": {"num_cpus": bundles[0].get("CPU", 0), "num_gpus": bundles[0].get("GPU", 0)},
@@ -65,10 +69,8 @@ def _placement(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _nodes() -> dict[str, dict[str, float]]:
-    """What each living node has in all, by its address."""
-    return {
-        f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})": node["Resources"]
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+def _nodes() -> dict[str, dict[str, float]] | None:
+    if not ray.is_initialized():
+        return None
+    living = [node for node in ray.nodes() if node["Alive"]]
+    return {f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})": node["Resources"] for node in living}

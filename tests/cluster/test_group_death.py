@@ -42,12 +42,12 @@ def start(tmp_path: Path):
     """Starts a group; returns when it works."""
     started = []
 
-    def _start(busy: bool) -> Ranks:
+    def _start(busy: bool, hosts: tuple[str, ...] = ("here",) * RANKS) -> Ranks:
         case = options(
             save_model(tmp_path / "model", n_heads=6, n_kv_heads=3, head_dim=16, ffn_hidden_dim=96), "float32"
         )
         rendezvous = Rendezvous()
-        layout = Layout(RANKS, 1, ("here",) * RANKS)
+        layout = Layout(RANKS, 1, hosts)
         ranks = Ranks(range(RANKS), run_rank, layout, rendezvous.address, case, str(tmp_path), busy)
         started.append(ranks)
         deadline = time.monotonic() + 100
@@ -102,6 +102,20 @@ def test_followers_of_a_frozen_leader_end(start) -> None:
         process.join(5)
         assert process.exitcode == 1
     assert time.monotonic() - begun >= TIMEOUT_S
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+def test_a_rank_of_another_host_is_missed(start, number: int, busy: bool) -> None:
+    """Where no process can be watched, gloo's broken connection tells, or its deadline."""
+    ranks = start(busy, hosts=("one", "one", "other"))
+    os.kill(ranks.processes[2].pid, number)
+    begun = time.monotonic()
+    for process in ranks.processes[:2]:
+        process.join(6)
+        assert process.exitcode
+    assert ranks.processes[0].exitcode == LOST
+    print(f"leader and follower gone {time.monotonic() - begun:.2f} s after signal {number} to a rank of another host")
 
 
 def slow_loader(rank: int, layout: Layout, address: str, case: dict[str, Any], folder: str) -> str:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from cluster.frames import Frame, Kind, decode, encode
-from cluster.parallel import Layout, Rendezvous, World, backend
+from cluster.parallel import Layout, Rendezvous, World, backend, open_store
 from cluster.shard import Shard
 from cluster.shard_group import ShardGroup, follow
 from model import LLM, ModelArgs
@@ -171,6 +173,17 @@ def test_groups_on_one_host_share_memory_and_others_use_gloo() -> None:
     assert layout.neighbours(3) == [2, 3]
     with pytest.raises(ValueError, match="2 stages of 1 ranks need 2 hosts"):
         Layout(1, 2, ("a",))
+
+
+def test_a_rendezvous_between_hosts_listens_on_its_address_alone() -> None:
+    rendezvous = Rendezvous("127.0.0.1")
+    store = rendezvous.store(2, timedelta(seconds=5))
+    other = open_store(rendezvous.address, 2, timedelta(seconds=5))
+    other.set("key", "value")
+    assert store.get("key") == b"value"
+    listening = [each.laddr for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
+    port = int(rendezvous.address.rpartition("|")[2])
+    assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]
 
 
 def test_frames_come_back_as_they_went() -> None:
