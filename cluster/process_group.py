@@ -35,7 +35,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return self.memory.all_reduce(x)
 
     def gather_columns(self, x: Tensor) -> Tensor:
-        whole = self.memory.gather(x, wanted=self.memory.rank == 0)
+        whole = self.memory.gather(x, readers=1)
         return x if whole is None else whole
 
     def hand_over(self, x: Tensor, source: int, target: int) -> None:

@@ -209,19 +209,21 @@ int moray_broadcast(Group* g, char* data, int64_t bytes, int root, uint64_t read
   return 0;
 }
 
-// out: rows of [size][row_bytes], from each rank's `rows` rows of `row_bytes`; null where they are not wanted.
-int moray_gather(Group* g, const char* data, int64_t rows, int64_t row_bytes, char* out) {
-  const int64_t width = std::min(row_bytes, kSlotBytes), at_once = std::max<int64_t>(1, kSlotBytes / std::max<int64_t>(1, row_bytes));
-  for (int64_t row = 0; row < rows; row += at_once)
+// out: rows of [size][row_bytes], from each rank's `rows` rows of `row_bytes`, on the ranks whose bit is set in `readers`.
+int moray_gather(Group* g, const char* data, int64_t rows, int64_t row_bytes, char* out, uint64_t readers) {
+  const bool reads = readers >> g->rank & 1, gives = readers & ~(uint64_t(1) << g->rank);
+  const int64_t width = std::min(row_bytes, kSlotBytes), most = kSlotBytes / std::max<int64_t>(1, width);
+  for (int64_t row = 0; row < rows; row += most)
     for (int64_t column = 0; column < row_bytes; column += width) {
-      const int64_t m = std::min(at_once, rows - row), n = std::min(width, row_bytes - column);
+      const int64_t m = std::min(most, rows - row), n = std::min(width, row_bytes - column);
+      const char* own = data + row * row_bytes + column;
       ++g->exchange;
-      for (int64_t i = 0; i < m; ++i) std::memcpy(g->slot(g->rank) + i * n, data + (row + i) * row_bytes + column, n);
+      for (int64_t i = 0; gives && i < m; ++i) std::memcpy(g->slot(g->rank) + i * n, own + i * row_bytes, n);
       if (const int fault = exchange(*g)) return fault;
-      if (out == nullptr) continue;
-      for (int64_t i = 0; i < m; ++i)
-        for (int r = 0; r < g->size; ++r)
-          std::memcpy(out + ((row + i) * g->size + r) * row_bytes + column, g->slot(r) + i * n, n);
+      for (int r = 0; reads && r < g->size; ++r)
+        for (int64_t i = 0; i < m; ++i)
+          std::memcpy(out + ((row + i) * g->size + r) * row_bytes + column,
+                      r == g->rank ? own + i * row_bytes : g->slot(r) + i * n, n);
     }
   return 0;
 }

@@ -23,6 +23,7 @@ SPIN_NS = 100_000
 SPIN_CROWDED_NS = 2_000
 """The same where ranks outnumber CPUs, and the one waited for may need this one."""
 EVERYONE = (1 << MAX_RANKS) - 1
+"""A bit for each rank."""
 
 
 class RankLost(Exception):
@@ -57,7 +58,7 @@ def _library() -> ctypes.CDLL:
     library.moray_all_reduce_bf16.argtypes = [pointer, pointer, size]
     library.moray_all_reduce_float.argtypes = [pointer, pointer, size]
     library.moray_broadcast.argtypes = [pointer, pointer, size, number, ctypes.c_uint64]
-    library.moray_gather.argtypes = [pointer, pointer, size, size, pointer]
+    library.moray_gather.argtypes = [pointer, pointer, size, size, pointer, ctypes.c_uint64]
     library.moray_barrier.argtypes = [pointer]
     return library
 
@@ -122,13 +123,18 @@ class SharedMemory:
         self._check(self._library.moray_broadcast(self._group, _contiguous(x).data_ptr(), x.nbytes, root, readers))
         return x
 
-    def gather(self, x: Tensor, *, wanted: bool = True) -> Tensor | None:
-        """[rows, size * columns], the ranks' x [rows, columns] side by side; None where not `wanted`."""
+    def gather(self, x: Tensor, readers: int = EVERYONE) -> Tensor | None:
+        """[rows, size * columns], the ranks' x [rows, columns] side by side; None where it is not wanted.
+
+        readers: a bit for each rank that wants it.
+        """
         rows, columns = x.shape
-        out = x.new_empty(rows, self.size * columns) if wanted else None
+        out = x.new_empty(rows, self.size * columns) if readers >> self.rank & 1 else None
         into = None if out is None else out.data_ptr()
         self._check(
-            self._library.moray_gather(self._group, _contiguous(x).data_ptr(), rows, columns * x.itemsize, into)
+            self._library.moray_gather(
+                self._group, _contiguous(x).data_ptr(), rows, columns * x.itemsize, into, readers
+            )
         )
         return out
 

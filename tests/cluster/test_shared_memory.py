@@ -71,7 +71,7 @@ def moves(rank: int, path: str, size: int) -> list[torch.Tensor | None]:
         group.broadcast(torch.full((400_000,), rank), root=1),
         group.broadcast(torch.full((9,), rank, dtype=torch.uint8), root=0, readers=1 << 2),
         group.gather(wide),
-        group.gather(narrow, wanted=rank == 0),
+        group.gather(narrow, readers=1),
         group.gather(torch.empty(0, 4)),
     ]
 
