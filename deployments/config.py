@@ -40,7 +40,7 @@ class EngineConfig(_Config):
     block_size: int = Field(default=16, gt=0)
     """Tokens in a KV block."""
     kv_cache_memory: ByteSize | None = None
-    """Bytes for keys and values ("512MiB"); `None` takes `kv_cache_memory_share` of what is free."""
+    """Bytes for keys and values of all ranks ("512MiB"); `None` takes `kv_cache_memory_share` of what is free."""
     kv_cache_memory_share: float = Field(default=0.25, gt=0, lt=1)
     enable_prefix_caching: bool = True
     image_cache_memory: ByteSize = ByteSize(256 * 2**20)
