@@ -97,7 +97,9 @@ class ShardGroup:
             return self._shard.encode_image(tiles)
 
     def stop(self) -> None:
-        """Ends the followers."""
+        """Ends the followers. Safe to call twice."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         with self._turn, contextlib.suppress(RankLost):
             self._watch.stop()
