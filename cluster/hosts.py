@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import processes
+from cluster import processes, serve_settings
 from cluster.local import new_directory
 from cluster.network import Host, Network
 from cluster.node import GCS_PORT
@@ -26,8 +26,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    **serve_settings.SETTINGS,
 }
 _CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN")
 """Of another cluster, in whose processes this may run."""
@@ -105,14 +104,18 @@ class HostCluster:
         """Starts, and does not wait for, the Ray node of `host`; again, after its `kill`."""
         if earlier := self._nodes.get(host.name):
             earlier.wait()
-        command = [sys.executable, "-m", "cluster.node", str(self.directory / host.name), host.address]
+        number = self.hosts.index(host) + 1
+        command = [sys.executable, "-m", "cluster.node", str(self.directory / f"h{number}"), host.address]
         command += ["--num-cpus", str(self._num_cpus)]
         if host is self.head:
             command += ["--dashboard-port", str(DASHBOARD_PORT)]
         else:
             command += ["--join", f"{self.head.address}:{GCS_PORT}"]
+        folder = haproxy_folder(self.directory, number)
+        folder.mkdir(exist_ok=True)
         with self._log(host).open("wb") as log:
-            self._nodes[host.name] = host.start(command, self.environment | self._haproxy(host), log)
+            environment = self.environment | serve_settings.haproxy_files(folder)
+            self._nodes[host.name] = host.start(command, environment, log)
 
     def stop(self) -> None:
         """Ends everything. Safe to call twice."""
@@ -134,19 +137,10 @@ class HostCluster:
     def _log(self, host: Host) -> Path:
         return self.directory / f"{host.name}.log"
 
-    def _haproxy(self, host: Host) -> dict[str, str]:
-        """HAProxy's files, which real hosts would not share."""
-        folder = self.directory / host.name / "haproxy"
-        folder.mkdir(parents=True, exist_ok=True)
-        return {
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("moray-haproxy")),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-            "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        }
+
+def haproxy_folder(directory: Path, number: int) -> Path:
+    """Where HAProxy's files of host `number` are. Real hosts would not share the disk."""
+    return directory / f"p{number}"
 
 
 def _new_token() -> str:

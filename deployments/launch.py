@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
+from cluster import serve_settings
 from cluster.local import LOOPBACK, LocalCluster, new_directory, prepare
 
 START_SECONDS = 300.0
@@ -111,18 +112,8 @@ class Launch:
         files = self.directory / "haproxy"
         files.mkdir()
         return {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a frozen one would hold its CPUs through a drain
-            # A front that dies before it answers: another gets the request (bodies up to 16 KB, HAProxy's buffer).
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("moray-haproxy")),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "admin.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(files / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(files / "server-state"),
-            "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+            **serve_settings.SETTINGS,
+            **serve_settings.haproxy_files(files),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port(8500)),
             **{name: str(_free_port(port)) for name, port in HAPROXY_PORTS.items()},
         }
