@@ -7,7 +7,6 @@ few CPUs, a port that is taken.
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 import urllib.request
