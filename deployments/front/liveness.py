@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 
 from deployments.front.mailbox import DeltaQueue, Mailbox
@@ -54,9 +55,9 @@ class Liveness:
         self._checking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to watch, in the running event loop; called again it does nothing."""
+        """Begins to watch, in the running event loop but no request's context; called again it does nothing."""
         if self._checking is None:
-            self._checking = asyncio.get_running_loop().create_task(self._check())
+            self._checking = asyncio.get_running_loop().create_task(self._check(), context=Context())
 
     def outstanding(self, engine: str) -> int:
         """Tokens that this front's requests leave an engine to compute."""

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -126,7 +127,7 @@ class RemoteEngine:
 
     async def _call(self, request: EngineRequest, engine: str, deltas: DeltaQueue) -> None:
         """Cancelling this cancels the Serve call, which aborts the request in the engine."""
-        response = self._at(engine).generate.remote(request)
+        response = self._ask(engine, "generate", request)
         try:
             await response
             lost = EngineLost(f"Tokens of engine replica {engine} were lost on their way")
@@ -141,7 +142,10 @@ class RemoteEngine:
             deltas.fail(translated(error, self._model, engine))
 
     async def _probe(self, engine: str) -> None:
-        await self._at(engine).check_health.remote()
+        await self._ask(engine, "check_health")
 
-    def _at(self, engine: str) -> Any:
-        return self._handle.options(session_id=engine)
+    def _ask(self, engine: str, method: str, *arguments: object) -> Any:
+        """Calls in a context of its own. Serve knows a pending call by the id of the HTTP request in whose context it
+        was made, and never routes the second of two with one id."""
+        call = self._handle.options(session_id=engine, method_name=method).remote
+        return Context().run(call, *arguments)

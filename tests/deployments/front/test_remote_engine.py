@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from deployments.front.remote_engine import RemoteEngine
 from deployments.front.roster import Roster
 
 HEARTBEAT_SECONDS = 0.8
+HTTP_REQUEST: ContextVar[str | None] = ContextVar("HTTP_REQUEST", default=None)
 
 
 def raised(cause: Exception) -> Exception:
@@ -108,16 +110,16 @@ class Call:
 class Handle:
     """A DeploymentHandle whose router sends to the replica that `session_id` names."""
 
-    def __init__(self, replicas: dict[str, Replica], target: str = "") -> None:
-        self._replicas, self._target = replicas, target
+    def __init__(self, replicas: dict[str, Replica], replica: str = "", method: str = "") -> None:
+        self._replicas, self._replica, self._method = replicas, replica, method
 
-    def options(self, session_id: str) -> "Handle":
-        return Handle(self._replicas, session_id)
+    def options(self, session_id: str, method_name: str) -> "Handle":
+        return Handle(self._replicas, session_id, method_name)
 
-    def __getattr__(self, method: str) -> Any:
-        replica = self._replicas[self._target]
-        remote = staticmethod(lambda request=None: Call(replica, getattr(replica, method), request))
-        return type("Method", (), {"remote": remote})
+    def remote(self, request: Any = None) -> Call:
+        assert HTTP_REQUEST.get() is None, "calls must be made outside of the context of the front's own request"
+        replica = self._replicas[self._replica]
+        return Call(replica, getattr(replica, self._method), request)
 
 
 @pytest.fixture
@@ -136,6 +138,7 @@ async def engines() -> AsyncIterator[Callable[..., tuple[RemoteEngine, Roster]]]
 
 async def take(engine: RemoteEngine, max_tokens: int = 9, n: int = 1) -> list[list[int]]:
     choices: list[list[int]] = [[] for _ in range(n)]
+    HTTP_REQUEST.set("r")
     async with asyncio.timeout(10):
         async for delta in engine.generate("r", [1], SamplingParams(max_tokens=max_tokens), n):
             choices[delta.index] += delta.token_ids
