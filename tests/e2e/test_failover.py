@@ -67,7 +67,7 @@ def strike(stack: Stack, kind: signal.Signals, pids: list[int]) -> Callable[[], 
 
 def report(what: str, records: list[Record], before: list[Record]) -> None:
     gap, usual = (max(record.longest_gap for record in some) for some in (records, before))
-    changed = sum(record.content != other.content for record, other in zip(records, before, strict=True))
+    changed = sum(record.differs_from(other) for record, other in zip(records, before, strict=True))
     lost = sum(not record.is_done for record in records)
     print(f"{what}: {len(records)} requests, {lost} lost, {changed} changed; "
           f"longest gap {gap:.2f} s, {usual:.2f} s undisturbed")  # fmt: skip
@@ -187,4 +187,6 @@ async def until_replaced(stack: Stack, pid: int, count: int) -> None:
 
 
 def assert_nothing_changed(records: list[Record], before: list[Record]) -> None:
-    assert [record.content for record in records] == [record.content for record in before]
+    for record, other in zip(records, before, strict=True):
+        assert record.content == other.content
+        assert not record.differs_from(other)
