@@ -263,7 +263,7 @@ async def test_closing_cancels_the_call(engines) -> None:
 
 
 async def test_lost_last_tokens_are_noticed(engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.front.remote_engine.LATE_TOKENS_SECONDS", 0.05)
+    monkeypatch.setattr("deployments.front.remote_engine.LATE_TOKENS_SECONDS", 0.5)
     replica = Replica("a", 2, once=True)
     engine, _ = engines(replica)
     assert await take(engine) == expected()
