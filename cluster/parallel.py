@@ -27,11 +27,15 @@ STORE_PORT_BACKLOG = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread: pipeline stages of `tensor` ranks each. hosts: an id for the host of every rank."""
+    """How a model is spread: pipeline stages of `tensor` ranks each.
+
+    hosts: an id for the host of every rank. addresses: theirs in the network; empty where nobody asks.
+    """
 
     tensor: int
     stages: int
     hosts: tuple[str, ...]
+    addresses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.hosts) != self.size:
@@ -189,11 +193,15 @@ class World:
         if isinstance(rendezvous, Rendezvous):
             rendezvous.close()
 
-    def _exchange_pids(self) -> dict[int, int]:
-        """Of the other ranks on this host, by rank."""
-        all_pids = [torch.zeros(1, dtype=torch.int64) for _ in range(self.layout.size)]
-        dist.all_gather(all_pids, torch.tensor([os.getpid()]))
-        return {rank: int(all_pids[rank]) for rank in self.layout.neighbours(self.rank) if rank != self.rank}
+    def _exchange_pids(self) -> list[int]:
+        """Of all ranks."""
+        pids = [torch.zeros(1, dtype=torch.int64) for _ in range(self.layout.size)]
+        dist.all_gather(pids, torch.tensor([os.getpid()]))
+        return [int(pid) for pid in pids]
+
+    def neighbours(self) -> dict[int, int]:
+        """Pids of the other ranks on this host, by rank."""
+        return {rank: self.pids[rank] for rank in self.layout.neighbours(self.rank) if rank != self.rank}
 
     def set_deadline(self, seconds: float) -> None:
         """How long this rank waits for another, from now on."""

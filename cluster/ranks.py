@@ -44,7 +44,7 @@ def start_group(
     followers = _start_followers(size)
     try:
         nodes = [_node(), *ray.get([follower.node.remote() for follower in followers], timeout=START_SECONDS)]
-        layout = Layout(tensor, stages, tuple(node for node, _ in nodes))
+        layout = Layout(tensor, stages, tuple(node for node, _ in nodes), tuple(address for _, address in nodes))
         num_hosts, address = len(set(layout.hosts)), nodes[0][1]
         rendezvous = Rendezvous(None if num_hosts == 1 else address)
         runs = [

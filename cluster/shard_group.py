@@ -49,7 +49,7 @@ class ShardGroup:
         self._turn, self._stopping, self._last = threading.Lock(), threading.Event(), time.monotonic()
         self._losing, self._is_ready, self._reason = threading.Lock(), False, ""
         world.set_deadline(LOADING_SECONDS)
-        self._watch = Watch(world.pids, lambda rank, pid: self.lose(f"rank {rank} (pid {pid}) has died"))
+        self._watch = Watch(world.neighbours(), lambda rank, pid: self.lose(f"rank {rank} (pid {pid}) has died"))
 
     def load(self, options: dict[str, Any]) -> None:
         """Loads this rank's shard while the followers load theirs; to be called in the thread that will step.
@@ -96,6 +96,11 @@ class ShardGroup:
         with self._together(Frame(Kind.IMAGE, tiles=torch.tensor(tiles))):
             return self._shard.encode_image(tiles)
 
+    @property
+    def processes(self) -> list[tuple[int, str]]:
+        """Pid and host's address of every rank."""
+        return list(zip(self._world.pids, self._world.layout.addresses, strict=True))
+
     def stop(self) -> None:
         """Ends the followers. Safe to call twice."""
         if self._stopping.is_set():
@@ -128,7 +133,7 @@ def follow(world: World, options: dict[str, Any], rank_timeout_s: float) -> None
     """A follower's whole life, in the thread that computes. Returns when the leader stops; ends the process when
     the group is lost; raises what `Shard` raises."""
     world.set_deadline(LOADING_SECONDS)
-    watch = Watch(world.pids, lambda rank, pid: _end(world, f"rank {rank} (pid {pid}) has died"))
+    watch = Watch(world.neighbours(), lambda rank, pid: _end(world, f"rank {rank} (pid {pid}) has died"))
     try:
         shard = _loaded(world, options)
     except RankLost as error:

@@ -22,7 +22,7 @@ from deployments.engine.model_thread import ModelThread
 from deployments.engine.request import EngineDescription, EngineRequest, VisionDescription
 from deployments.engine.scheduler import Limits, Scheduler
 from deployments.metrics import Snapshot
-from deployments.status import EngineStatus, this_replica
+from deployments.status import EngineStatus, RankStatus, this_replica
 from model.args import VisionArgs
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Engine:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.pool.usage,
+            ranks=_ranks(self._shard),
         )
 
     def metrics(self) -> Snapshot:
@@ -148,6 +149,12 @@ def _end_replica(reason: str) -> None:
     logger.critical("the replica ends: %s", reason)
     logging.shutdown()
     os._exit(1)
+
+
+def _ranks(shard: Shard | ShardGroup) -> list[RankStatus]:
+    if not isinstance(shard, ShardGroup):
+        return []
+    return [RankStatus(rank=rank, pid=pid, host=host) for rank, (pid, host) in enumerate(shard.processes)]
 
 
 def _vision(args: VisionArgs | None) -> VisionDescription | None:

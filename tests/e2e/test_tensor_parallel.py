@@ -68,7 +68,10 @@ async def test_three_ranks_say_what_one_says(stack: Stack) -> None:
         path=str(GGUF), dtype="float32", block_size=16, max_num_seqs=8, max_model_len=2048, kv_cache_memory=2**28
     )
     expected, _ = greedy(alone, PROMPTS, OUTPUTS)
-    assert len(ranks_of(stack)) == 3
+    (engine,) = httpx.get(f"{stack.url}/cluster").json()["engines"]
+    assert [rank["rank"] for rank in engine["ranks"]] == [0, 1, 2]
+    assert engine["ranks"][0]["pid"] == engine["pid"]
+    assert {rank["pid"] for rank in engine["ranks"]} == {each.pid for each in ranks_of(stack)}
     assert await _together(stack) == expected
 
 
