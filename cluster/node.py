@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster import processes
+
 GCS_PORT = 6379
 """Of heads on an address of their own."""
 WATCH_SECONDS = 0.5
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--dashboard-port", type=int, help="of the head")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _exit)
+    os.environ[processes.VARIABLE] = str(arguments.directory)
     arguments.directory.mkdir(parents=True, exist_ok=True)
     port = None if arguments.join else GCS_PORT
     node = start(
@@ -108,6 +111,7 @@ def main() -> None:
             time.sleep(WATCH_SECONDS)
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        processes.end(arguments.directory)  # the dashboard, and agents that take long to miss their raylet
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> None:
