@@ -5,7 +5,6 @@ cut by the same table that loads checkpoints. So nothing here knows what a layer
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -16,21 +15,21 @@ from model.args import ModelArgs
 from model.checkpoint.slices import rank_region
 from model.model import LLM
 from model.parallel import ensure_model_parallel, model_parallel_size
+from model.stage import WHOLE, Stage
 
 Shapes = Mapping[str, torch.Size]
 """By parameter name, of the whole model."""
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERTS = ".feed_forward.experts."
 
 
 class Share(NamedTuple):
-    """What one rank holds: `tensor_rank` of `tensor_size` of the layers of one stage.
+    """What one rank holds: of one stage, the part of `tensor_rank` of `tensor_size`.
 
     experts: whether the routed experts are in the rank, not on servers of their own.
     """
 
-    layers: range
+    stage: Stage = WHOLE
     tensor_size: int = 1
     experts: bool = True
     tensor_rank: int = 0
@@ -61,15 +60,8 @@ def share_parameters(shapes: Shapes, args: ModelArgs, share: Share) -> int:
     return sum(
         math.prod(part.stop - part.start for part in rank_region(name, shape, share.tensor_rank, share.tensor_size))
         for name, shape in shapes.items()
-        if _is_held(name, args, share)
+        if share.stage.owns(name, args.n_layers) and (share.experts or not is_routed_expert(name))
     )
-
-
-def _is_held(name: str, args: ModelArgs, share: Share) -> bool:
-    """All that is not a layer is the first stage's."""
-    if layer := _LAYER.match(name):
-        return int(layer[1]) in share.layers and (share.experts or not is_routed_expert(name))
-    return share.layers.start == 0
 
 
 def expert_parameters(shapes: Shapes, args: ModelArgs) -> int:
@@ -86,14 +78,9 @@ def num_experts(args: ModelArgs) -> int:
     return num_moe_layers(args) * args.moe_args.num_experts if args.moe_args else 0
 
 
-def stages(n_layers: int, count: int) -> list[range]:
-    """Layers of each pipeline stage, in order; sizes differ by one at most."""
-    return [range(index * n_layers // count, (index + 1) * n_layers // count) for index in range(count)]
-
-
 def kv_values_per_token(args: ModelArgs, share: Share) -> int:
     """Numbers that a rank keeps for a token: keys and values of its heads and layers."""
-    return 2 * len(share.layers) * args.kv_heads // share.tensor_size * args.width_of_head
+    return 2 * len(share.stage.layers(args.n_layers)) * args.kv_heads // share.tensor_size * args.width_of_head
 
 
 def rotary_bytes(args: ModelArgs, max_model_len: int) -> int:

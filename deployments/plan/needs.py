@@ -11,6 +11,7 @@ import torch
 from deployments.config import EngineConfig
 from model import sizes
 from model.args import ModelArgs
+from model.stage import Stage
 
 SPARE = 1.125
 """Room for copies beyond `copies`, where `experts.memory` is not given; cluster/experts/directory.py's."""
@@ -111,23 +112,21 @@ class Model:
 
     def needs(self, layout: Layout) -> ModelNeeds:
         """Raises CheckpointError when the tensor-parallel size does not divide the model."""
-        parameters = sizes.num_parameters(self.shapes)
+        parameters, count = sizes.num_parameters(self.shapes), layout.pipeline_parallel_size
         return ModelNeeds(
             parameters=parameters,
             weights=parameters * self.bytes_each,
             tensor_parallel_size=layout.tensor_parallel_size,
             max_model_len=self.max_model_len,
-            ranks=tuple(self._rank(layout, *stage) for stage in enumerate(self._stages(layout))),
+            ranks=tuple(self._rank(layout, Stage(index, count)) for index in range(count)),
             experts=self._experts(layout),
         )
 
-    def _stages(self, layout: Layout) -> list[range]:
-        return sizes.stages(self.args.n_layers, layout.pipeline_parallel_size)
-
-    def _rank(self, layout: Layout, stage: int, layers: range) -> RankNeeds:
-        share = sizes.Share(layers, layout.tensor_parallel_size, experts=layout.servers is None)
+    def _rank(self, layout: Layout, stage: Stage) -> RankNeeds:
+        share = sizes.Share(stage, layout.tensor_parallel_size, experts=layout.servers is None)
+        layers = stage.layers(self.args.n_layers)
         return RankNeeds(
-            stage=stage,
+            stage=stage.index,
             first_layer=layers.start,
             last_layer=layers.stop - 1,
             weights=sizes.share_parameters(self.shapes, self.args, share) * self.bytes_each,

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
+from deployments.broadcast import ANSWER_SECONDS
 from deployments.engine.blocks import BlockPool
 from deployments.engine.metrics import EngineMetrics
 from deployments.engine.scheduler import Limits, Scheduler
-from deployments.front.deployment import GATHER_SECONDS
 from deployments.front.metrics import FrontMetrics
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -66,4 +66,4 @@ def test_prometheus_scrapes_the_quickstart_and_waits_for_slow_replicas() -> None
     [job] = yaml.safe_load((CONFIGS / "prometheus.yml").read_text())["scrape_configs"]
     options = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["http_options"]
     assert job["static_configs"] == [{"targets": [f"{options['host']}:{options['port']}"]}]
-    assert GATHER_SECONDS < int(job["scrape_timeout"].removesuffix("s")) < int(job["scrape_interval"].removesuffix("s"))
+    assert ANSWER_SECONDS < int(job["scrape_timeout"].removesuffix("s")) < int(job["scrape_interval"].removesuffix("s"))
