@@ -5,8 +5,8 @@ attend to. Three kinds: `NoCache` (training, causal over what was given), `Conti
 (one row of memory a sequence, in buffers), `PagedCache` (blocks, for serving).
 """
 
-from itertools import pairwise
-from typing import Protocol
+from collections import defaultdict
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -147,23 +147,40 @@ class PagedCache:
         return PagedStep(self, batch)
 
 
+class _Alike(NamedTuple):
+    """Sequences of a step that are attended to together: as many queries each, padded to as many keys."""
+
+    rows: Tensor  # int64 [sequences * queries], their tokens in the step
+    positions: Tensor  # int64 [sequences, queries]
+    slots: Tensor  # int64 [sequences, keys], where in the cache their tokens are, in order of position
+
+
 class PagedStep:
-    """One step over a `PagedCache`."""
+    """One step over a `PagedCache`. Decodes of similar length are computed together, prefill chunks one by one."""
 
     def __init__(self, cache: PagedCache, batch: PagedBatch) -> None:
-        self._cache = cache
-        tables, size = batch.block_tables.long(), cache.block_size
+        self._cache, self._batch = cache, batch
         ends, starts = batch.context_lens.tolist(), batch.query_starts.tolist()
-        # Where in the cache the tokens of each sequence are, in order of position.
-        self._slots = [
-            (tables[s, : -(-end // size), None] * size + torch.arange(size)).flatten()[:end]
-            for s, end in enumerate(ends)
+        alike: dict[object, list[int]] = defaultdict(list)
+        for sequence, end in enumerate(ends):
+            alike[end.bit_length() if sequence < batch.num_decodes else (sequence,)].append(sequence)
+        self._groups = [
+            self._group(sequences, [starts[s] for s in sequences], [starts[s + 1] for s in sequences], ends)
+            for sequences in alike.values()
         ]
-        self._queries = [slice(a, b) for a, b in pairwise(starts)]
-        self._written = torch.cat(
-            [slots[len(slots) - (q.stop - q.start) :] for slots, q in zip(self._slots, self._queries, strict=True)]
-        )
-        self._positions = batch.positions
+        self._written = torch.empty(starts[-1], dtype=torch.int64)
+        for group in self._groups:
+            self._written[group.rows] = group.slots.gather(1, group.positions).flatten()
+
+    def _group(self, sequences: list[int], starts: list[int], stops: list[int], ends: list[int]) -> _Alike:
+        size, longest = self._cache.block_size, max(ends[s] for s in sequences)
+        tables = self._batch.block_tables[sequences, : -(-longest // size)].long()
+        slots = (tables.unsqueeze(-1) * size + torch.arange(size)).flatten(1)[:, :longest]
+        # Padding is never seen, but is multiplied with nought: let it be of the sequence itself, and so finite.
+        is_padding = torch.arange(longest) >= self._batch.context_lens[sequences].unsqueeze(1)
+        rows = torch.cat([torch.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+        positions = self._batch.positions[rows].view(len(sequences), -1)
+        return _Alike(rows, positions, torch.where(is_padding, slots[:, :1], slots))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
         place = layer - self._cache.layers.start
@@ -171,7 +188,8 @@ class PagedStep:
         keys[self._written] = k
         values[self._written] = v
         out = torch.empty_like(q)
-        for rows, slots in zip(self._queries, self._slots, strict=True):
-            mask = visible(self._positions[rows], torch.arange(len(slots)), chunk)
-            out[rows] = attention(q[None, rows], keys[None, slots], values[None, slots], mask[None])[0]
+        for rows, positions, slots in self._groups:
+            mask = visible(positions, torch.arange(slots.shape[1]), chunk)
+            found = attention(q[rows].unflatten(0, positions.shape), keys[slots], values[slots], mask)
+            out[rows] = found.flatten(0, 1)
         return out
