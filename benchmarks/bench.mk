@@ -17,6 +17,16 @@ bench-tp: setup-dev  ## Two tensor-parallel ranks of one thread beside one rank 
 quality:  ## Perplexity and agreement with transformers, fp32 and bf16
 	.venv/bin/python -m benchmarks.quality $(ARGS)
 
+.PHONY: bench-experts soak-experts
+bench-experts: setup-dev models/smollm2-moe/config.json  ## Decode steps with experts on servers beside local ones
+	.venv/bin/python -m benchmarks.experts $(ARGS)
+
+soak-experts: setup-dev models/smollm2-moe/config.json  ## Kill an expert server every 20 s under load, for 3 minutes
+	.venv/bin/python -m benchmarks.soak_experts $(ARGS)
+
+models/smollm2-moe/config.json: | setup model
+	.venv/bin/python examples/smollm2-moe/upcycle.py --no-check
+
 # torchvision, torchaudio and torchcodec do not load beside the CPU build of torch, and nothing here needs them.
 .venv-peers/.installed:
 	test -x .venv-peers/bin/python || python3 -m venv .venv-peers

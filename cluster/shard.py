@@ -7,6 +7,7 @@ cluster/parallel.py has made larger ones. Every rank of a group does the same ca
 import logging
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -19,6 +20,7 @@ from model.checkpoint import open_checkpoint
 from model.checkpoint.slices import check_world_size
 from model.datatypes import PagedBatch
 from model.kv_cache import PagedCache
+from model.model import ExpertsOfLayer
 from model.packed import PackedCache, can_pack, pack
 from model.parallel import ensure_model_parallel, least, model_parallel_rank, model_parallel_size, stage
 from model.sampling import SampledTokens, SamplingBatch, sample
@@ -35,6 +37,8 @@ class Shard:
     sequences need.
     num_threads: torch's; None takes this rank's share of the CPUs that this process may run on.
     ranks_on_host: how many share the memory and the CPUs.
+    experts: called once, in the process that computes: who computes the routed experts of each layer;
+    None for this process.
 
     Raises ValueError when the sizes do not fit the checkpoint or the memory.
     """
@@ -51,6 +55,7 @@ class Shard:
         kv_cache_memory_share: float = 0.25,
         num_threads: int | None = None,
         ranks_on_host: int = 1,
+        experts: Callable[[], ExpertsOfLayer] | None = None,
     ) -> None:
         # Ray gives actors one OpenMP thread; the model wants all its CPUs.
         torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
@@ -62,8 +67,9 @@ class Shard:
         # Rotary tables are as long as what is served, not as Llama 4's ten million positions.
         self.args = checkpoint.args.model_copy(update={"max_seq_len": self.max_model_len})
         self.dtype: torch.dtype = getattr(torch, dtype)
-        model = _empty_model(self.args, self.dtype)
-        checkpoint.load_into(model, model_parallel_rank(), model_parallel_size(), stage=stage())
+        model = _empty_model(self.args, self.dtype, None if experts is None else experts())
+        rank, world_size = model_parallel_rank(), model_parallel_size()
+        checkpoint.load_into(model, rank, world_size, experts=experts is None, stage=stage())
         packed = can_pack(self.args, self.dtype, block_size)
         self._model = pack(model) if packed else model
         logger.info(
@@ -153,11 +159,11 @@ def _model_len(wanted: int | None, limit: int) -> int:
     return wanted or limit
 
 
-def _empty_model(args: ModelArgs, dtype: torch.dtype) -> LLM:
+def _empty_model(args: ModelArgs, dtype: torch.dtype, experts: ExpertsOfLayer | None) -> LLM:
     """A model whose parameters have memory but no values."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return LLM(args, initialize=False).requires_grad_(False)
+        return LLM(args, initialize=False, experts=experts).requires_grad_(False)
     finally:
         torch.set_default_dtype(default)

@@ -1,4 +1,4 @@
-"""From a Serve YAML's `args` to the application: one front deployment, one engine deployment for each model."""
+"""From a Serve YAML's `args` to the application: the front, and each model's engine and expert servers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,8 @@ from deployments.front.deployment import Front
 
 ENGINE: Any = "deployments.engine.deployment.Engine"
 """By name, so that building the application does not wait for torch; the replica imports it."""
+EXPERTS: Any = "deployments.experts.deployment.ExpertReplica"
+DIRECTORY: Any = "deployments.experts.directory.ExpertDirectory"
 
 UNLIMITED = 1_000_000
 """Serve queues nothing out of sight: the engine admits or answers 429."""
@@ -23,6 +25,9 @@ HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s"
 ROUTER = {"request_router_class": "deployments.front.engine_router.EngineRouter"}
 DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+"""Of an engine whose experts are elsewhere: its OpenMP threads spin for some microseconds after a kernel, and then
+leave the CPU to the expert servers that the engine waits for."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -33,19 +38,48 @@ def build(args: dict[str, Any]) -> Application:
     config = read(args)
     front: Any = Front
     options = {"graceful_shutdown_timeout_s": DRAIN_SECONDS, "ray_actor_options": {"num_cpus": 0.5}}
-    return front.options(**options, **HEALTH).bind(config, {model.id: _engine(model) for model in config.models})
+    directories = {model.id: _directory(model) for model in config.models if model.experts}
+    engines = {model.id: _engine(model, directories.get(model.id)) for model in config.models}
+    experts = [_experts(model, directories[model.id]) for model in config.models if model.experts]
+    return front.options(**options, **HEALTH).bind(config, engines, experts, list(directories.values()))
 
 
-def _engine(model: ModelConfig) -> Application:
+def _directory(model: ModelConfig) -> Application:
+    deployment: Any = serve.deployment(
+        name=f"directory-{model.id}",
+        num_replicas=1,
+        max_ongoing_requests=UNLIMITED,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=1.0,
+    )
+    return deployment(DIRECTORY).bind(model)
+
+
+def _experts(model: ModelConfig, directory: Application) -> Application:
+    deployment: Any = serve.deployment(
+        name=f"experts-{model.id}",
+        max_ongoing_requests=UNLIMITED,
+        graceful_shutdown_timeout_s=60.0,
+        ray_actor_options={"num_cpus": 1},
+        **HEALTH,
+    )
+    return deployment(EXPERTS).bind(model, directory)
+
+
+def _engine(model: ModelConfig, directory: Application | None) -> Application:
+    options = placement(model, _nodes())
+    if directory is not None:
+        options["ray_actor_options"]["runtime_env"] = {"env_vars": ENGINE_ENVIRONMENT}
     deployment: Any = serve.deployment(
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         request_router_config=ROUTER,
-        **placement(model, _nodes()),
+        **options,
         **HEALTH,
     )
-    return deployment(ENGINE).bind(model)
+    return deployment(ENGINE).bind(model, directory)
 
 
 def placement(model: ModelConfig, nodes: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:

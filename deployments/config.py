@@ -68,12 +68,20 @@ class EngineConfig(_Config):
 
 
 class ExpertsConfig(_Config):
-    """Routed experts on servers of their own: the deployment `experts-<id>`."""
+    """Experts on servers of their own: each replica of the deployment `experts-<id>` is one."""
 
     copies: int = Field(default=2, gt=0)
     """Servers that hold an expert, at least, while there are as many."""
     memory: ByteSize | None = None
     """Bytes for experts on each server; `None` means room for `copies` of everything and an eighth more."""
+    num_threads: int = Field(default=1, gt=0)
+    """torch threads of a server."""
+    deadline_s: float = Field(default=0.1, gt=0)
+    """After which another copy is asked as well, beyond four times what the rows usually take."""
+    give_up_s: float = Field(default=60.0, gt=0)
+    """How long a step waits while no copy of an expert answers, before its requests fail."""
+    ready_timeout_s: float = Field(default=900.0, gt=0)
+    """How long a starting engine waits for every expert to be on a server."""
 
 
 class ModelConfig(_Config):
@@ -91,7 +99,7 @@ class ModelConfig(_Config):
     """Most tiles that an image is cut into, the one that shows all of it not counted; as the model was trained."""
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig | None = None
-    """`None` keeps the routed experts in the engine's ranks."""
+    """For a mixture of experts: put them on servers of their own; `None` keeps them in the engine."""
 
 
 class ImageConfig(_Config):

@@ -9,8 +9,8 @@ from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from deployments.config import EngineConfig
 
 OURS = "deployments.app:build"
-DEFAULT_CPUS = {"front": 0.5}
-"""What deployments.app gives a deployment that the YAML does not mention; any other gets 1."""
+DEFAULT_CPUS = {"front": 0.5, "directory": 0}
+"""What deployments.app gives a deployment that the YAML does not mention, by its name up to "-"; any other gets 1."""
 
 
 class DoesNotFit(Exception):
@@ -42,7 +42,10 @@ def demands(config: ServeDeploySchema) -> dict[str, Counter[str]]:
 def _unmentioned(application: Any) -> list[DeploymentSchema]:
     if application.import_path != OURS:
         return []
-    names = ["front", *(f"engine-{model.get('id')}" for model in application.args.get("models", ()))]
+    names = ["front"]
+    for model in application.args.get("models", ()):
+        kinds = ["engine", "experts", "directory"] if model.get("experts") is not None else ["engine"]
+        names += [f"{kind}-{model.get('id')}" for kind in kinds]
     mentioned = {deployment.name for deployment in application.deployments}
     return [DeploymentSchema(name=name) for name in names if name not in mentioned]
 
@@ -63,7 +66,7 @@ def _demand(deployment: DeploymentSchema, bundles: list[dict[str, float]]) -> Co
     if not isinstance(replicas, int):
         replicas = (said.get("autoscaling_config") or {}).get("min_replicas", 1)
     one = {
-        "CPU": options.get("num_cpus", DEFAULT_CPUS.get(deployment.name, 1)),
+        "CPU": options.get("num_cpus", DEFAULT_CPUS.get(deployment.name.partition("-")[0], 1)),
         "GPU": options.get("num_gpus", 0),
         "memory": options.get("memory", 0),
         **options.get("resources", {}),

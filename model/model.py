@@ -4,7 +4,7 @@ Two ways in, one set of layers. `forward` takes a rectangular batch: for trainin
 use. `step` takes a `PagedBatch` of many sequences at different places: for serving.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,25 @@ from model.layers import (
     attention_temperature,
     column_parallel,
 )
-from model.moe import MoE
+from model.moe import Experts, MoE
 from model.parallel import ensure_model_parallel, gather_columns, hand_over, split, stage
 from model.vision.embedding import VisionEmbeddings
 from model.vision.pixels import normalize_pixels
+
+ExpertsOfLayer = Callable[[int], Experts]
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm: x + attention(norm(x)), then the same with the feed-forward, dense or of experts."""
 
-    def __init__(self, args: ModelArgs, layer: int) -> None:
+    def __init__(self, args: ModelArgs, layer: int, experts: ExpertsOfLayer | None = None) -> None:
         super().__init__()
-        is_moe = args.is_moe_layer(layer)
         self.attention: nn.Module = Attention(args, layer)
-        self.feed_forward: nn.Module = MoE(args) if is_moe else FeedForward(args.dim, args.hidden_dim)
+        self.feed_forward: nn.Module
+        if args.is_moe_layer(layer):
+            self.feed_forward = MoE(args, experts and experts(layer))
+        else:
+            self.feed_forward = FeedForward(args.dim, args.hidden_dim)
         self.attention_norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm: nn.Module = RMSNorm(args.dim, args.norm_eps)
         self.register_load_state_dict_pre_hook(load_hooks.drop_leftovers)
@@ -53,20 +58,21 @@ class LLM(nn.Module):
     """A decoder-only transformer.
 
     Parameters are named as in Meta's checkpoints. `initialize=False` leaves them undefined, for
-    a checkpoint to fill.
+    a checkpoint to fill. With `experts` the model has no weights of routed experts: `experts(layer)` computes those
+    of a layer, and only for inference.
 
     Of a pipeline this is one stage (stage.py): other stages' layers are placeholders without
     parameters, and so are the embedding, the last norm and the output anywhere but on the first.
     """
 
-    def __init__(self, args: ModelArgs, *, initialize: bool = True) -> None:
+    def __init__(self, args: ModelArgs, *, initialize: bool = True, experts: ExpertsOfLayer | None = None) -> None:
         super().__init__()
         ensure_model_parallel()
         split(args.vocab_size, "vocab_size")
         self.args, self.stage = args, stage()
         mine = self.stage.layers(args.n_layers)
         self.layers = nn.ModuleList(
-            TransformerBlock(args, layer) if layer in mine else nn.Identity() for layer in range(args.n_layers)
+            TransformerBlock(args, layer, experts) if layer in mine else nn.Identity() for layer in range(args.n_layers)
         )
         self.tok_embeddings: nn.Module = nn.Identity()
         self.norm: nn.Module = nn.Identity()

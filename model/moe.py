@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model import load_hooks
 from model.args import ModelArgs, MoEArgs
 from model.layers import FeedForward
-from model.parallel import split
+from model.parallel import own_rows, split
 
 
 class PendingExperts(Protocol):
@@ -27,7 +27,12 @@ class PendingExperts(Protocol):
 
 
 class Experts(Protocol):
-    """Whoever computes routed tokens of one layer."""
+    """Whoever computes routed tokens of one layer.
+
+    is_whole: whether outputs are whole, or this tensor-parallel rank's part, to be summed over ranks.
+    """
+
+    is_whole: bool
 
     def submit(self, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
         """Starts expert `experts_k[i]` on row i. x_kD: [k, D]; experts_k: int64 [k]."""
@@ -48,6 +53,8 @@ class LocalExperts(nn.Module):
 
     Each expert computes its own tokens only: rows are sorted by expert and cut where it changes.
     """
+
+    is_whole = False
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -71,16 +78,18 @@ class MoE(nn.Module):
     Llama 4 ("sigmoid"): an expert's input is scaled by the sigmoid of its score, outputs are
     added to the shared expert's. Mixtral ("softmax"): a token's outputs are averaged with the
     softmax over the scores of its experts.
+
+    experts: who computes routed tokens, if not weights of this module.
     """
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, experts: Experts | None = None) -> None:
         super().__init__()
         if args.moe_args is None:
             raise ValueError("moe_args is needed for a layer with experts")
         self.args = args.moe_args
         hidden = args.expert_hidden_dim
         self.router_DE = nn.Parameter(torch.empty(args.dim, self.args.num_experts))
-        self.experts = LocalExperts(self.args.num_experts, args.dim, hidden)
+        self.experts = LocalExperts(self.args.num_experts, args.dim, hidden) if experts is None else experts
         self.shared_expert = FeedForward(args.dim, hidden) if self.args.shared_expert else None
         self.register_load_state_dict_pre_hook(load_hooks.Rename(load_hooks.MOE_NAMES))
 
@@ -108,11 +117,16 @@ def dispatch(
     shared_expert: Callable[[Tensor], Tensor] | None,
     args: MoEArgs,
 ) -> Tensor:
-    """Sends every token to its experts, and to the shared one while those are away; adds up what returns: [a, D]."""
-    tokens_k = torch.arange(x_aD.shape[0], device=x_aD.device).repeat_interleave(args.top_k)
-    in_kD, weights_k1 = x_aD[tokens_k], weights.reshape(-1, 1)
+    """Sends every token to its experts, and to the shared one while those are away; adds up what returns: [a, D].
+
+    Experts whose outputs are whole get each token from one tensor-parallel rank only; the sum over ranks that
+    follows is the same.
+    """
+    rows = own_rows(x_aD.shape[0]) if computed_by.is_whole else slice(0, x_aD.shape[0])
+    tokens_k = torch.arange(rows.start, rows.stop, device=x_aD.device).repeat_interleave(args.top_k)
+    in_kD, weights_k1 = x_aD[tokens_k], weights[rows].reshape(-1, 1)
     scale_input = args.router == "sigmoid"
-    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts.flatten())
+    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts[rows].flatten())
     out_aD = torch.zeros_like(x_aD) if shared_expert is None else shared_expert(x_aD)
     out_kD = pending.wait()
     return out_aD.index_add(0, tokens_k, out_kD if scale_input else out_kD * weights_k1)

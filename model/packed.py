@@ -27,6 +27,12 @@ def can_pack(args: ModelArgs, dtype: torch.dtype, block_size: int) -> bool:
     return dtype is torch.bfloat16 and block_size % cpu.LANES == 0 and fits and cpu.available()
 
 
+def can_pack_experts(args: ModelArgs, dtype: torch.dtype) -> bool:
+    """Whether the kernels are there and take whole experts of this model, those of no rank in particular."""
+    fits = args.dim % cpu.LANES == 0 and args.expert_hidden_dim % cpu.LANES == 0
+    return dtype is torch.bfloat16 and fits and cpu.available()
+
+
 @torch.no_grad()
 def pack(model: LLM) -> LLM:
     """Swaps the modules of `model` for packed ones and frees the weights they came from."""
@@ -121,6 +127,8 @@ class PackedFeedForward(nn.Module):
 class PackedExperts:
     """`LocalExperts` over packed weights."""
 
+    is_whole = False
+
     def __init__(self, plain: LocalExperts) -> None:
         weights = zip(plain.w1, plain.w2, plain.w3, strict=True)
         self.swiglus = [PackedSwiGLU(w1.T, w2.T, w3.T) for w1, w2, w3 in weights]
@@ -136,7 +144,8 @@ class PackedMoE(nn.Module):
         super().__init__()
         self.args = plain.args
         self.router = cpu.PackedLinear(plain.router_DE.T)
-        self.experts: Experts = PackedExperts(plain.experts)
+        experts = plain.experts
+        self.experts: Experts = PackedExperts(experts) if isinstance(experts, LocalExperts) else experts
         shared = plain.shared_expert
         self.shared_expert = (
             None if shared is None else PackedSwiGLU(shared.w1.weight, shared.w2.weight, shared.w3.weight)

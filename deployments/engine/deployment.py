@@ -10,6 +10,8 @@ import os
 import time
 from typing import Any
 
+from ray.serve.handle import DeploymentHandle
+
 from cluster.ranks import start_group
 from cluster.shard import Shard
 from cluster.shard_group import ShardGroup
@@ -21,6 +23,9 @@ from deployments.engine.metrics import EngineMetrics
 from deployments.engine.model_thread import ModelThread
 from deployments.engine.request import EngineDescription, EngineRequest, VisionDescription
 from deployments.engine.scheduler import Limits, Scheduler
+from deployments.experts.directory import DirectoryHandle
+from deployments.experts.metrics import ClientCollector
+from deployments.experts.remote import RemoteExperts
 from deployments.metrics import Snapshot
 from deployments.status import EngineStatus, RankStatus, this_replica
 from model.args import VisionArgs
@@ -29,15 +34,23 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Loads `config`'s model and generates with it. `shard`: used instead of loading one (tests).
+    """Loads `config`'s model and generates with it.
 
-    Raises ValueError at construction when the model or its KV cache do not fit.
+    directory: of its expert servers, if it has any. shard: used instead of loading one (tests).
+    Raises ValueError at construction when the model or its KV cache do not fit, ExpertsNotReady when
+    expert servers do not hold every expert in time.
     """
 
-    def __init__(self, config: ModelConfig, shard: Shard | ShardGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        directory: DeploymentHandle | None = None,
+        shard: Shard | ShardGroup | None = None,
+    ) -> None:
         begun = time.monotonic()
         thread = ModelThread()
-        self._shard = thread.submit(lambda: _load(config)).result() if shard is None else shard
+        self._experts = experts = _experts(config, directory)
+        self._shard = thread.submit(lambda: _load(config, experts)).result() if shard is None else shard
         engine = config.engine
         limits = Limits(
             max_num_seqs=engine.max_num_seqs,
@@ -60,6 +73,8 @@ class Engine:
         )
         self._replica, self._scheduler = this_replica(), scheduler
         self._metrics = EngineMetrics(config.id, self._replica["replica_id"], scheduler)
+        if experts is not None and experts.client is not None:
+            self._metrics.registry.register(ClientCollector(experts.client, config.id, self._metrics.engine))
         self._loop = StepLoop(
             self._shard, scheduler, self._metrics, engine.max_waiting_requests,
             self._description.vision, engine.image_cache_memory,
@@ -114,6 +129,8 @@ class Engine:
         if isinstance(self._shard, ShardGroup):
             self._shard.stop()
         self._heartbeat.stop()
+        if self._experts is not None and self._experts.client is not None:
+            self._experts.client.close()
 
     def __del__(self) -> None:
         loop = getattr(self, "_loop", None)
@@ -125,7 +142,13 @@ class Engine:
             shard.stop()
 
 
-def _load(config: ModelConfig) -> Shard | ShardGroup:
+def _experts(config: ModelConfig, directory: DeploymentHandle | None) -> RemoteExperts | None:
+    if directory is None or config.experts is None:
+        return None
+    return RemoteExperts(DirectoryHandle(directory), config.experts)
+
+
+def _load(config: ModelConfig, experts: RemoteExperts | None) -> Shard | ShardGroup:
     engine = config.engine
     options: dict[str, Any] = dict(
         path=config.path,
@@ -136,6 +159,7 @@ def _load(config: ModelConfig) -> Shard | ShardGroup:
         kv_cache_memory=engine.kv_cache_memory,
         kv_cache_memory_share=engine.kv_cache_memory_share,
         num_threads=engine.num_threads,
+        experts=experts,
     )
     if not engine.bundles:
         return Shard(**options)

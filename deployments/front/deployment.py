@@ -6,7 +6,7 @@ Admission is the engines' affair, which answer in the API's own error shape; so 
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,17 @@ UNLIMITED = 1_000_000
 @serve.deployment(name="front", max_ongoing_requests=UNLIMITED, max_queued_requests=-1)
 @serve.ingress()
 class Front:
-    """One replica. `engines` are handles by model id."""
+    """One replica. engines: handles by model id. experts, directories: of those models that have expert servers."""
 
-    def __init__(self, config: AppConfig, engines: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        engines: Mapping[str, DeploymentHandle],
+        experts: Sequence[DeploymentHandle] = (),
+        directories: Sequence[DeploymentHandle] = (),
+    ) -> None:
         self._config = config
-        self._engines = engines
+        self._engines, self._experts, self._directories = engines, experts, directories
         self._mailbox = Mailbox(ray.util.get_node_ip_address())
         self._context = serve.get_replica_context()
         self._fronts = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
@@ -87,18 +93,20 @@ class Front:
         )
 
     async def _render_metrics(self) -> bytes:
-        handles = [self._fronts, *self._engines.values()]
+        handles = [self._fronts, *self._engines.values(), *self._experts, *self._directories]
         gathered = await asyncio.gather(*(ask_all(handle, "metrics") for handle in handles))
         return render([snapshot for answers in gathered for snapshot in _answers(answers)])
 
     async def _cluster(self) -> ClusterStatus:
-        handles = [self._fronts, *self._engines.values()]
-        fronts, *engines = await asyncio.gather(*(ask_all(handle, "status") for handle in handles))
-        missing = [len(asked) - len(_answers(asked)) for asked in (fronts, *engines)]
+        engines = list(self._engines.values())
+        handles = [self._fronts, *engines, *self._experts]
+        fronts, *others = await asyncio.gather(*(ask_all(handle, "status") for handle in handles))
+        missing = [len(asked) - len(_answers(asked)) for asked in (fronts, *others)]
         names = (handle.deployment_name for handle in handles)
         return ClusterStatus(
             fronts=_answers(fronts),
-            engines=[status for asked in engines for status in _answers(asked)],
+            engines=[status for asked in others[: len(engines)] for status in _answers(asked)],
+            experts=[status for asked in others[len(engines) :] for status in _answers(asked)],
             silent={name: count for name, count in zip(names, missing, strict=True) if count},
         )
 

@@ -378,6 +378,19 @@ void moray_matmul(const bf16* x, int64_t ldx, const bf16* w, void* y, int64_t ld
   }
 }
 
+// One feed-forward after another, each on its own rows: y = down(silu(gate(x)) * up(x)). x, y [sum(counts), dim];
+// hidden_rows [sum(counts), hidden] is scratch. w13 and w2 are packed as for epilogues 2 and 0 above.
+void moray_swiglus(const bf16* x, const bf16* const* w13, const bf16* const* w2, const int64_t* counts, int64_t n,
+                   bf16* hidden_rows, bf16* y, int64_t dim, int64_t hidden) {
+  for (int64_t i = 0; i < n; ++i) {
+    matmul<Epilogue::kSwiGLU>(x, dim, w13[i], hidden_rows, hidden, counts[i], 2 * hidden / kLanes, dim);
+    matmul<Epilogue::kBf16>(hidden_rows, hidden, w2[i], y, dim, counts[i], dim / kLanes, hidden);
+    x += counts[i] * dim;
+    hidden_rows += counts[i] * hidden;
+    y += counts[i] * dim;
+  }
+}
+
 // y [m, k] = x / rms(x) * weight. k must be a multiple of 16.
 void moray_rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t m, int64_t k, float eps) {
 #pragma omp parallel for schedule(static) if (m > 8)

@@ -7,6 +7,7 @@ model runs on torch alone.
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def _library() -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.moray_pack.argtypes = [pointer, pointer, size, size]
     library.moray_matmul.argtypes = [pointer, size, pointer, pointer, size, size, size, size, ctypes.c_int]
+    library.moray_swiglus.argtypes = [pointer] * 4 + [size] + [pointer] * 2 + [size] * 2
     library.moray_rms_norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float]
     library.moray_attention.argtypes = (
         [pointer] * 7 + [size] + [pointer] * 2 + [size, pointer] + [size] * 5 + [ctypes.c_float] * 2
@@ -93,6 +95,27 @@ class PackedSwiGLU:
             2 * self.hidden // LANES, self.in_features, _SWIGLU,
         )  # fmt: skip
         return out
+
+
+def swiglus(
+    x: Tensor, gates: Sequence[PackedSwiGLU], downs: Sequence[PackedLinear], counts: Sequence[int]
+) -> Tensor:  # fmt: skip
+    """Several feed-forwards of one shape in one call: `counts[i]` rows of x through `gates[i]`, then `downs[i]`.
+
+    x: bfloat16 [sum(counts), dim] contiguous, dim a multiple of 16 -> like x, bit by bit as one by one.
+    """
+    out = torch.empty_like(x)
+    if not counts:
+        return out
+    hidden = torch.empty(x.shape[0], gates[0].hidden, dtype=torch.bfloat16)
+    pointers = ctypes.c_void_p * len(counts)
+    w13 = pointers(*(gate._weight.data_ptr() for gate in gates))
+    w2 = pointers(*(down._weight.data_ptr() for down in downs))
+    _library().moray_swiglus(
+        x.data_ptr(), w13, w2, (ctypes.c_int64 * len(counts))(*counts), len(counts), hidden.data_ptr(),
+        out.data_ptr(), x.shape[1], gates[0].hidden,
+    )  # fmt: skip
+    return out
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ def test_hub_locations_stay() -> None:
             r"engine: unknown key 'max_num_seq'; did you mean 'max_num_seqs'",
         ),
         (args(engine={"block_size": -1}), r"models\[0\]\.engine\.block_size: .*greater than 0 \(is -1\)"),
+        (args(experts={"copy": 2}), r"experts: unknown key 'copy'; did you mean 'copies'"),
+        (args(experts={"copies": 0}), r"experts\.copies: .*greater than 0 \(is 0\)"),
         (args(id="a/b"), r"models\[0\]\.id"),
         ({"models": []}, "models"),
         ({"models": args()["models"] * 2}, "two models have the same id: m, m"),

@@ -45,3 +45,15 @@ def test_every_rank_of_every_replica_counts() -> None:
     assert demands(bundles)["engine-m"] == {"CPU": 4}
     with pytest.raises(DoesNotFit, match="need 4 GPU"):
         check(config(**ranks), {"CPU": 8})
+
+
+def test_expert_servers_count_and_their_directory_needs_nothing() -> None:
+    application = {
+        "import_path": "deployments.app:build",
+        "args": {"models": [{"id": "m", "path": "x", "experts": {}}]},
+        "deployments": [{"name": "experts-m", "num_replicas": 4, "ray_actor_options": {"num_cpus": 0.1}}],
+    }
+    asked = demands(ServeDeploySchema.model_validate({"applications": [application]}))
+    assert asked["experts-m"] == {"CPU": pytest.approx(0.4)}
+    assert asked["engine-m"] == {"CPU": 1}
+    assert not asked["directory-m"]

@@ -10,7 +10,7 @@ from model import LLM, ModelArgs, TransformerInput
 from model.args import MoEArgs
 from model.kernels import cpu
 from model.kv_cache import PagedCache
-from model.packed import PackedCache, can_pack, pack
+from model.packed import PackedCache, PackedSwiGLU, can_pack, pack
 from tests.model.paging import Pages
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a CPU with AVX512-BF16 and a C++ compiler")
@@ -136,3 +136,14 @@ def test_other_dtypes_and_blocks_stay_on_torch():
     assert not can_pack(args, torch.float32, 16)
     assert not can_pack(args, torch.bfloat16, 8)
     assert PagedCache.bytes_per_block(args, 2, 16, torch.bfloat16) == 2 * 3 * 16 * 2 * 16 * 2
+
+
+def test_several_feed_forwards_in_one_call_compute_the_same_bits():
+    swiglus = [
+        PackedSwiGLU(*(torch.randn(*shape).bfloat16() for shape in ((48, 64), (64, 48), (48, 64)))) for _ in "abc"
+    ]
+    x, counts = torch.randn(17, 64).bfloat16(), [1, 12, 4]
+    alone = torch.cat([swiglu(rows) for swiglu, rows in zip(swiglus, x.split(counts), strict=True)])
+    together = cpu.swiglus(x, [swiglu.w13 for swiglu in swiglus], [swiglu.w2 for swiglu in swiglus], counts)
+    assert torch.equal(together, alone)
+    assert cpu.swiglus(x[:0], [], [], []).shape == (0, 64)

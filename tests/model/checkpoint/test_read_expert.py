@@ -90,6 +90,8 @@ def test_a_model_whose_experts_are_elsewhere_is_filled_without_them(request, whi
     class Elsewhere(torch.nn.Module):
         """No weights in the model: reads each expert when it is asked for."""
 
+        is_whole = True
+
         def __init__(self, layer):
             super().__init__()
             self.layer = layer

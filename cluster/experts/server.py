@@ -1,0 +1,192 @@
+"""One expert server: takes rows from clients, runs them through the experts it holds, sends them back.
+
+One thread reads, computes and answers. What a client sends that makes no sense is refused or ends
+that client's connection; it never ends the server.
+"""
+
+import logging
+import os
+import secrets
+import select
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from cluster.experts.messages import Call, Refusal, Reply, decode_call, encode
+from cluster.experts.table import ServerAddress, Unit
+from cluster.experts.weights import HeldExperts, NotHeld
+from cluster.streams import KEY_BYTES, Connection, Disconnected, Frame, Handshake, tune
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 128
+
+
+class ExpertServer:
+    """Listens from construction on; answers from `start` to `stop`.
+
+    host: an address of this machine. Clients on the same one use a Unix socket in a private directory.
+    num_threads: torch's, in the computing thread.
+    """
+
+    def __init__(self, experts: HeldExperts, host: str, name: str | None = None, num_threads: int = 1) -> None:
+        self._experts, self._num_threads = experts, num_threads
+        self._directory = Path(tempfile.mkdtemp(prefix="moray-x-", dir="/tmp"))  # mode 0700, a short path
+        self._unix = socket.socket(socket.AF_UNIX)
+        self._unix.bind(str(self._directory / "s"))
+        self._tcp = socket.socket(socket.AF_INET)
+        self._tcp.bind((host, 0))
+        for listener in (self._unix, self._tcp):
+            listener.listen(BACKLOG)
+            listener.setblocking(False)
+        self.address = ServerAddress(
+            id=name or secrets.token_hex(4),
+            host=host,
+            unix=f"unix:{self._directory / 's'}",
+            tcp=f"tcp:{host}:{self._tcp.getsockname()[1]}",
+            key=secrets.token_bytes(KEY_BYTES),
+        )
+        self.rows: Counter[Unit] = Counter()
+        """Computed since the start. Read it from any thread; the computing one adds to it."""
+        self.calls = self.refusals = self.waiting = 0
+        self.busy_seconds = 0.0
+        self._epoll = select.epoll()
+        self._ready: dict[int, Callable[[int], None]] = {}
+        self._clients: dict[int, socket.socket] = {}
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="expert-server", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the call under way; clients see closed connections."""
+        self._stopping = True
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        self._watch(self._unix.fileno(), lambda _events: self._accept(self._unix))
+        self._watch(self._tcp.fileno(), lambda _events: self._accept(self._tcp))
+        self._watch(self._wake, lambda _events: None)
+        while not self._stopping:
+            events = self._epoll.poll()
+            self.waiting = len(events) - 1
+            for fd, event in events:
+                ready = self._ready.get(fd)
+                if ready is not None:
+                    ready(event)
+        self._epoll.close()
+        for stream in (self._unix, self._tcp, *self._clients.values()):
+            stream.close()
+        os.close(self._wake)
+
+    def _watch(self, fd: int, ready: Callable[[int], None]) -> None:
+        self._ready[fd] = ready
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _hang_up(self, fd: int) -> None:
+        del self._ready[fd]
+        self._epoll.unregister(fd)
+        self._clients.pop(fd).close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            stream, _ = listener.accept()
+        except OSError as error:
+            logger.warning("a client could not be accepted: %s", error)
+            return
+        if stream.family == socket.AF_INET:
+            tune(stream)
+        try:
+            handshake = Handshake(stream, self.address.key)
+        except OSError:
+            stream.close()
+            return
+        self._clients[stream.fileno()] = stream
+        self._watch(stream.fileno(), lambda _events: self._greet(handshake))
+
+    def _greet(self, handshake: Handshake) -> None:
+        fd = handshake.stream.fileno()
+        try:
+            if not handshake.advance():
+                return
+        except (Disconnected, OSError) as error:
+            logger.warning("a client was turned away: %s", error)
+            self._hang_up(fd)
+            return
+        connection = Connection(handshake.stream)
+        self._ready[fd] = lambda events: self._serve(connection, events)
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        try:
+            if events & select.EPOLLOUT:
+                connection.flush()
+            if events & ~select.EPOLLOUT:
+                for frame in connection.receive():
+                    self._answer(connection, frame)
+            wanted = select.EPOLLIN | (select.EPOLLOUT if connection.is_sending else 0)
+            if wanted != select.EPOLLIN or events & select.EPOLLOUT:
+                self._epoll.modify(connection.fileno(), wanted)
+        except Disconnected as error:
+            logger.info("a client is gone: %s", error)
+            self._hang_up(connection.fileno())
+
+    def _answer(self, connection: Connection, frame: Frame) -> None:
+        try:
+            call = decode_call(frame.header)
+        except msgspec.MsgspecError as error:
+            raise Disconnected(f"it sent what is no call: {error}") from error
+        begun = time.perf_counter()
+        try:
+            out = self._experts.compute(call.layer, call.experts, call.counts, self._rows(call, frame))
+        except NotHeld as error:
+            self._refuse(connection, Refusal(call.id, "not_held", str(error)))
+        except ValueError as error:
+            logger.warning("refused a call: %s", error)
+            self._refuse(connection, Refusal(call.id, "invalid", str(error)))
+        except Exception as error:
+            logger.exception("a call to layer %d failed", call.layer)
+            self._refuse(connection, Refusal(call.id, "failed", f"{type(error).__name__}: {error}"))
+        else:
+            seconds = time.perf_counter() - begun
+            connection.send(encode(Reply(call.id, seconds)), out)
+            self.calls += 1
+            self.busy_seconds += seconds
+            for expert, count in zip(call.experts, call.counts, strict=True):
+                self.rows[call.layer, expert] += count
+
+    def _refuse(self, connection: Connection, refusal: Refusal) -> None:
+        self.refusals += 1
+        connection.send(encode(refusal))
+
+    def _rows(self, call: Call, frame: Frame) -> torch.Tensor:
+        """The payload as [rows, dim]. Raises ValueError when it is not what the call says."""
+        dtype, dim = self._experts.dtype, self._experts.dim
+        if getattr(torch, call.dtype) is not dtype:
+            raise ValueError(f"rows are {call.dtype}, the experts are {dtype}")
+        if len(call.experts) != len(call.counts) or any(count <= 0 for count in call.counts):
+            raise ValueError(f"counts {call.counts} do not go with experts {call.experts}")
+        wanted = sum(call.counts) * dim * dtype.itemsize
+        if len(frame.payload) != wanted:
+            raise ValueError(
+                f"{sum(call.counts)} rows of {dim} {call.dtype} are {wanted} bytes, not {len(frame.payload)}"
+            )
+        return frame.payload.view(dtype).view(-1, dim)

@@ -1,0 +1,78 @@
+"""The experts that one server holds, ready to compute."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.experts.table import Unit
+from model.checkpoint import Checkpoint, ExpertWeights
+from model.kernels import cpu
+from model.packed import PackedSwiGLU, can_pack_experts
+
+
+class NotHeld(Exception):
+    """The expert is not on this server (any more)."""
+
+
+class HeldExperts:
+    """Loads, computes and forgets experts of `checkpoint`, in `dtype`.
+
+    `load` may run in one thread while another computes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.dim, self.dtype = checkpoint.args.dim, dtype
+        self._checkpoint = checkpoint
+        packed = can_pack_experts(checkpoint.args, dtype)
+        self._prepare: Callable[[ExpertWeights], Any] = _pack if packed else _keep
+        self._compute: Callable[[list[Any], Sequence[int], Tensor], Tensor] = (
+            _compute_packed if packed else _compute_plain
+        )
+        self._experts: dict[Unit, Any] = {}
+
+    @property
+    def units(self) -> frozenset[Unit]:
+        return frozenset(self._experts.copy())
+
+    def bytes_per_unit(self) -> int:
+        args = self._checkpoint.args
+        return 3 * args.dim * args.expert_hidden_dim * self.dtype.itemsize
+
+    def load(self, unit: Unit) -> None:
+        """Raises CheckpointError."""
+        self._experts[unit] = self._prepare(self._checkpoint.read_expert(*unit, dtype=self.dtype))
+
+    def drop(self, unit: Unit) -> None:
+        self._experts.pop(unit, None)
+
+    def compute(self, layer: int, experts: Sequence[int], counts: Sequence[int], x: Tensor) -> Tensor:
+        """x: [rows, dim], `counts[i]` rows for each of `experts` in turn -> like x. Raises NotHeld."""
+        held = []
+        for expert in experts:
+            weights = self._experts.get((layer, expert))
+            if weights is None:
+                raise NotHeld(f"expert {expert} of layer {layer}")
+            held.append(weights)
+        return self._compute(held, counts, x) if held else x
+
+
+def _pack(weights: ExpertWeights) -> PackedSwiGLU:
+    return PackedSwiGLU(weights.w1.T, weights.w2.T, weights.w3.T)
+
+
+def _compute_packed(held: list[PackedSwiGLU], counts: Sequence[int], x: Tensor) -> Tensor:
+    return cpu.swiglus(x, [expert.w13 for expert in held], [expert.w2 for expert in held], counts)
+
+
+def _keep(weights: ExpertWeights) -> ExpertWeights:
+    return weights
+
+
+def _compute_plain(held: list[ExpertWeights], counts: Sequence[int], x: Tensor) -> Tensor:
+    """As `LocalExperts.compute`."""
+    parts = x.split(list(counts))
+    outputs = [(F.silu(rows @ w1) * (rows @ w3)) @ w2 for (w1, w2, w3), rows in zip(held, parts, strict=True)]
+    return torch.cat(outputs)

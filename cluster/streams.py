@@ -1,0 +1,238 @@
+"""Typed tensor frames over a stream socket: a small header and raw tensor memory, nothing pickled.
+
+On one host the stream is a Unix socket in a directory that only this user may enter; between
+hosts it is TCP. Both ends prove that they know a key that came through Ray, which carries
+control. The kernel closes a dead process's sockets at once, so a closed connection is how a
+death shows first. A message costs one system call on each side and wakes one thread.
+
+A frame: magic (4 bytes), length of the header (4), length of the payload (8), the header, zeros
+up to a multiple of 16, the payload. Integers are little-endian.
+"""
+
+import hashlib
+import hmac
+import secrets
+import socket
+import struct
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAGIC = b"MRY1"
+MAX_HEADER = 1 << 20
+MAX_PAYLOAD = 1 << 31
+KEY_BYTES = 32
+_PREFIX = struct.Struct("<4sIQ")
+_ALIGN = 16
+_MAC_BYTES = 32
+
+
+class Disconnected(Exception):
+    """The other end is gone, or sent what is no frame. The message says which."""
+
+
+class Frame(NamedTuple):
+    """header: bytes in the encoding of whoever sent it. payload: uint8 [n], valid until the next `receive`."""
+
+    header: bytes
+    payload: Tensor
+
+
+class Connection:
+    """One end of a stream, which is never waited for: `send` keeps what the kernel does not take yet.
+
+    Belongs to one thread.
+    """
+
+    def __init__(self, stream: socket.socket) -> None:
+        stream.setblocking(False)
+        self._stream = stream
+        self._unsent: deque[memoryview] = deque()
+        self._buffer = torch.empty(1 << 16, dtype=torch.uint8)
+        self._view = _memory(self._buffer)
+        self._start = self._end = 0
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether `flush` should be called when the socket takes more."""
+        return bool(self._unsent)
+
+    def send(self, header: bytes, payload: Tensor | None = None) -> None:
+        """Queues a frame and sends what goes. payload: contiguous, not to be changed while `is_sending`.
+
+        Raises Disconnected.
+        """
+        body = memoryview(b"") if payload is None else _memory(payload)
+        padding = -(_PREFIX.size + len(header)) % _ALIGN
+        head = _PREFIX.pack(MAGIC, len(header), len(body)) + header + bytes(padding)
+        if self._unsent:
+            self._unsent += (memoryview(head), body)
+            return
+        sent = self._try_send(head, body)
+        if sent < len(head) + len(body):
+            self._unsent += (memoryview(head)[sent:], body[max(0, sent - len(head)) :])
+
+    def flush(self) -> None:
+        """Sends more of what is queued. Raises Disconnected."""
+        while self._unsent:
+            part = self._unsent[0]
+            sent = self._try_send(part)
+            if sent < len(part):
+                self._unsent[0] = part[sent:]
+                return
+            self._unsent.popleft()
+
+    def receive(self) -> list[Frame]:
+        """Whole frames that have arrived. Raises Disconnected when there will be no more."""
+        self._make_room()
+        try:
+            read = self._stream.recv_into(self._view[self._end :])
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise Disconnected(str(error)) from error
+        if not read:
+            raise Disconnected("the other end closed the connection")
+        self._end += read
+        frames = []
+        while (frame := self._next()) is not None:
+            frames.append(frame)
+        return frames
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _try_send(self, *parts: bytes | memoryview) -> int:
+        try:
+            return self._stream.sendmsg(parts)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise Disconnected(str(error)) from error
+
+    def _next(self) -> Frame | None:
+        size = self._size()
+        if size is None or self._end - self._start < size:
+            return None
+        _, header_length, payload_length = _PREFIX.unpack_from(self._view, self._start)
+        begin = self._start + _PREFIX.size
+        header = bytes(self._view[begin : begin + header_length])
+        self._start += size
+        return Frame(header, self._buffer[self._start - payload_length : self._start])
+
+    def _size(self) -> int | None:
+        """Bytes of the frame that starts at `_start`, if its prefix is there."""
+        if self._end - self._start < _PREFIX.size:
+            return None
+        magic, header_length, payload_length = _PREFIX.unpack_from(self._view, self._start)
+        if magic != MAGIC or header_length > MAX_HEADER or payload_length > MAX_PAYLOAD:
+            raise Disconnected(
+                f"the other end sent what is no frame: {bytes(self._view[self._start : self._start + 16])!r}"
+            )
+        return _PREFIX.size + header_length + -(_PREFIX.size + header_length) % _ALIGN + int(payload_length)
+
+    def _make_room(self) -> None:
+        """Moves an incomplete frame to the front of the buffer, and makes the buffer large enough for it."""
+        held = self._end - self._start
+        if not held:
+            self._start = self._end = 0
+            return
+        needed = max(self._size() or 0, held + 1)
+        if self._start == 0 and needed <= len(self._view):
+            return
+        rest = self._buffer[self._start : self._end].clone()
+        if needed > len(self._view):
+            self._buffer = torch.empty(max(needed, 2 * len(self._view)), dtype=torch.uint8)
+            self._view = _memory(self._buffer)
+        self._buffer[:held] = rest
+        self._start, self._end = 0, held
+
+
+class Handshake:
+    """The listening side's half of proving that both ends know `key`. Never blocks."""
+
+    def __init__(self, stream: socket.socket, key: bytes) -> None:
+        stream.setblocking(False)
+        self.stream, self._key = stream, key
+        self._challenge = secrets.token_bytes(KEY_BYTES)
+        self._received = b""
+        stream.send(self._challenge)
+
+    def advance(self) -> bool:
+        """Reads what has arrived; True when the other end has proved itself. Raises Disconnected."""
+        try:
+            more = self.stream.recv(KEY_BYTES + _MAC_BYTES - len(self._received))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Disconnected(str(error)) from error
+        if not more:
+            raise Disconnected("the other end closed the connection in the handshake")
+        self._received += more
+        if len(self._received) < KEY_BYTES + _MAC_BYTES:
+            return False
+        challenge, proof = self._received[:KEY_BYTES], self._received[KEY_BYTES:]
+        if not hmac.compare_digest(proof, _prove(self._key, b"connects", self._challenge, challenge)):
+            raise Disconnected("the other end does not know the key")
+        self.stream.send(_prove(self._key, b"listens", self._challenge, challenge))
+        return True
+
+
+def connect(endpoint: str, key: bytes, timeout: float) -> Connection:
+    """To `unix:PATH` or `tcp:HOST:PORT`. Waits at most `timeout` seconds for each answer.
+
+    Raises Disconnected when nobody answers in time, or whoever does has another key.
+    """
+    kind, _, place = endpoint.partition(":")
+    stream = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
+    stream.settimeout(timeout)
+    try:
+        if kind == "unix":
+            stream.connect(place)
+        else:
+            host, _, port = place.rpartition(":")
+            stream.connect((host, int(port)))
+            tune(stream)
+        theirs = _receive_exactly(stream, KEY_BYTES)
+        ours = secrets.token_bytes(KEY_BYTES)
+        stream.sendall(ours + _prove(key, b"connects", theirs, ours))
+        if not hmac.compare_digest(_receive_exactly(stream, _MAC_BYTES), _prove(key, b"listens", theirs, ours)):
+            raise Disconnected("the other end does not know the key")
+    except (OSError, Disconnected) as error:
+        stream.close()
+        raise Disconnected(f"{endpoint}: {error}") from error
+    return Connection(stream)
+
+
+def tune(stream: socket.socket) -> None:
+    """For small messages over TCP, and to notice a silent loss of the other host in seconds, not hours."""
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5000)
+    for option, value in ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3)):
+        stream.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _prove(key: bytes, role: bytes, listener: bytes, connector: bytes) -> bytes:
+    return hmac.new(key, role + listener + connector, hashlib.sha256).digest()
+
+
+def _receive_exactly(stream: socket.socket, count: int) -> bytes:
+    received = b""
+    while len(received) < count:
+        more = stream.recv(count - len(received))
+        if not more:
+            raise Disconnected("it closed the connection in the handshake")
+        received += more
+    return received

@@ -1,0 +1,70 @@
+"""An expert server as a Serve deployment: one replica is one server; `num_replicas` is their number."""
+
+import logging
+
+import ray
+import torch
+from prometheus_client import CollectorRegistry
+from ray.serve.handle import DeploymentHandle
+
+from cluster.experts.membership import Membership
+from cluster.experts.server import ExpertServer
+from cluster.experts.weights import HeldExperts
+from deployments.config import ModelConfig
+from deployments.experts.directory import DirectoryHandle
+from deployments.experts.metrics import ServerCollector
+from deployments.metrics import Snapshot, snapshot
+from deployments.status import ExpertServerStatus, this_replica
+from model.checkpoint import open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 20.0
+"""For the directory to place a leaving server's experts elsewhere."""
+
+
+class ExpertReplica:
+    """Holds the experts that the directory assigns, and computes them for engines.
+
+    Raises CheckpointError or ValueError at construction when the model cannot be opened or has no experts.
+    """
+
+    def __init__(self, config: ModelConfig, directory: DeploymentHandle) -> None:
+        assert config.experts is not None
+        self._model, self._has_left = config.id, False
+        checkpoint = open_checkpoint(config.path)
+        if checkpoint.args.moe_args is None:
+            raise ValueError(f"model {config.id!r} has no experts: remove `experts` from its configuration")
+        torch.set_num_threads(1)
+        self._experts = experts = HeldExperts(checkpoint, getattr(torch, config.engine.dtype))
+        self._replica = this_replica()
+        name, threads = self._replica["replica_id"], config.experts.num_threads
+        self._server = ExpertServer(experts, ray.util.get_node_ip_address(), name, threads)
+        self._membership = Membership(self._server, experts, DirectoryHandle(directory), config.experts.memory)
+        self._registry = CollectorRegistry()
+        self._registry.register(ServerCollector(self._server, experts, config.id))
+        self._server.start()
+        self._membership.start()
+
+    def status(self) -> ExpertServerStatus:
+        units = sorted(self._experts.units)
+        return ExpertServerStatus(**self._replica, model=self._model, epoch=self._membership.epoch, experts=units)
+
+    def metrics(self) -> Snapshot:
+        return snapshot(self._registry)
+
+    def check_health(self) -> None:
+        """Serve calls it; raises when the replica should be replaced."""
+        if not self._server.is_alive:
+            raise RuntimeError(f"the serving thread of expert server {self._server.address.id} has ended")
+        if self._membership.error is not None:
+            raise RuntimeError(f"expert server {self._server.address.id} {self._membership.error}")
+
+    def __del__(self) -> None:
+        """Serve calls it when the replica is taken away: engines go on without noticing."""
+        if getattr(self, "_membership", None) is None or self._has_left:
+            return
+        self._has_left = True
+        if not self._membership.leave(LEAVE_SECONDS):
+            logger.warning("expert server %s ends while experts are still asked of it", self._server.address.id)
+        self._server.stop()

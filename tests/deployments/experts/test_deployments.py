@@ -1,0 +1,139 @@
+"""Directory, expert servers and engine as the classes that Serve runs, in one process, handles between them."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.config import ExpertsConfig, ModelConfig, read
+from deployments.engine.deployment import Engine
+from deployments.engine.request import EngineRequest, SamplingParams
+from deployments.experts.deployment import ExpertReplica
+from deployments.experts.directory import ExpertDirectory
+from deployments.front.mailbox import Mailbox
+from deployments.metrics import render
+from tests.cluster.experts.small_model import write_model
+
+
+class Handle:
+    """As much of a Serve handle as is used: calls run in the replica's own loop, as they do in Serve."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.replica = self._run(self._make(make)).result(30)
+
+    async def _make(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.replica, name)
+
+        class Call:
+            @staticmethod
+            def remote(*arguments: object) -> Any:
+                return asyncio.wrap_future(self._run(method(*arguments)))
+
+        return Call
+
+    def close(self) -> None:
+        async def end() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self._run(end()).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder = write_model(tmp_path_factory.mktemp("moe"))
+    model = {
+        "id": "moe",
+        "path": str(folder),
+        "engine": {"kv_cache_memory": "16MiB", "num_threads": 1},
+        "experts": {"ready_timeout_s": 30, "give_up_s": 1},
+    }
+    return read({"models": [model]}).models[0]
+
+
+@pytest.fixture
+def directory(config: ModelConfig) -> Iterator[Handle]:
+    handle = Handle(lambda: ExpertDirectory(config))
+    yield handle
+    handle.close()
+
+
+async def complete(engine: Engine, mailbox: Mailbox, request_id: str) -> list[int]:
+    with mailbox.open(request_id) as deltas:
+        sampling = SamplingParams(max_tokens=12, temperature=0)
+        request = EngineRequest(request_id, [5, 17, 80], sampling, mailbox.address)
+        generating = asyncio.ensure_future(engine.generate(request))
+        await asyncio.wait_for(generating, 30)
+        tokens: list[int] = []
+        while len(tokens) < 12:
+            tokens += (await asyncio.wait_for(deltas.get(), 10)).token_ids
+    return tokens
+
+
+@pytest.mark.timeout(120)
+async def test_an_engine_with_expert_servers_generates_what_one_without_does(
+    config: ModelConfig, directory: Handle
+) -> None:
+    torch.set_num_threads(1)
+    mailbox = Mailbox("127.0.0.1")
+    alone = Engine(config.model_copy(update={"experts": None}))
+    expected = await complete(alone, mailbox, "alone")
+    alone.stop()
+    replicas = [ExpertReplica(config, directory) for _ in range(3)]
+    engine = await asyncio.to_thread(Engine, config, directory)
+    assert await complete(engine, mailbox, "remote") == expected
+
+    leaving = asyncio.create_task(asyncio.to_thread(replicas[0].__del__))
+    number = 0
+    while not leaving.done():
+        assert await complete(engine, mailbox, f"leaving {number}") == expected
+        number += 1
+    assert number > 1
+
+    description = directory.replica.describe()
+    assert [server["leaving"] for server in description["servers"]].count(False) == 2
+    assert description["fewest_copies"] == 2
+    snapshots = [engine.metrics(), directory.replica.metrics(), *(replica.metrics() for replica in replicas[1:])]
+    text = render(snapshots).decode()
+    for name in ("tokens_total", "calls_total", "busy_seconds_total", "queue", "copies", "imbalance", "waits_total"):
+        assert f"\nmoray:expert_{name}{{" in text, name
+    assert 'moray:expert_round_trip_seconds_bucket{engine="' in text
+    assert "moray:expert_failovers_total{" not in text  # nobody noticed the one that left
+    for replica in replicas[1:]:
+        replica.check_health()
+        replica._membership.stop()
+        replica._server.stop()
+        replica._has_left = True
+    with pytest.raises(Exception, match=r"ExpertsUnavailable: experts .* of layer 1 did not answer for 1 s"):
+        await complete(engine, mailbox, "without")
+    engine.stop()
+    mailbox.close()
+
+
+async def test_a_model_without_experts_is_refused(tmp_path: Any) -> None:
+    from model import LLM, ModelArgs
+
+    args = ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=16, ffn_hidden_dim=32)
+    torch.save(LLM(args).state_dict(), tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(args.model_dump_json())
+    config = ModelConfig(id="dense", path=str(tmp_path), experts=ExpertsConfig())
+    for make in (lambda: ExpertDirectory(config), lambda: ExpertReplica(config, None)):
+        with pytest.raises(ValueError, match="'dense' has no experts: remove `experts`"):
+            make()
