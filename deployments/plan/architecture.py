@@ -37,7 +37,7 @@ def _place(model: ModelConfig) -> Path:
         if (cached := _cached(address)) or (cached := _published(address)):
             return cached
     raise ConfigError(
-        f"model {model.id!r}: {model.path} is not on this machine, and no file in {PUBLISHED.name}/ lists it. "
+        f"model {model.id!r}: {model.path} is not on this machine, and no file in configs/{PUBLISHED.name}/ lists it. "
         f"Give its config.json's folder, or a model YAML: --architecture {model.id}=PATH"
     )
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.experts.directory import SPARE
 from deployments.config import EngineConfig
 from model import sizes
 from model.args import ModelArgs
 from model.stage import Stage
-
-SPARE = 1.125
-"""Room for copies beyond `copies`, where `experts.memory` is not given; cluster/experts/directory.py's."""
 
 
 @dataclass(frozen=True)
