@@ -1,6 +1,7 @@
 """Serve's own router, with our choice of a replica in it; replicas are fakes that Serve's code accepts."""
 
 import asyncio
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ async def _no_probe(*_: object) -> list[object]:
 
 
 def call(target: str, method: str = "generate") -> PendingRequest:
-    metadata = RequestMetadata(request_id="1", internal_request_id=target, call_method=method, session_id=target)
+    name = secrets.token_hex(8)
+    metadata = RequestMetadata(request_id=name, internal_request_id=name, call_method=method, session_id=target)
     return PendingRequest(args=[], kwargs={}, metadata=metadata)
 
 
@@ -75,6 +77,22 @@ async def test_the_dead_leave_the_roster(router: EngineRouter, roster: Roster) -
     router.on_replica_actor_died(ReplicaID("a", DEPLOYMENT))
     assert roster.replicas == ("b", "c")
     assert roster.suspects == {"a": "died"}
+
+
+async def test_calls_to_a_dead_replica_do_not_hold_up_those_to_the_next(router: EngineRouter) -> None:
+    """Serve has few tasks that route; a call whose replica is gone keeps one until it is cancelled."""
+    router.update_replicas([replica("a")])
+    router.on_replica_actor_unavailable(ReplicaID("a", DEPLOYMENT))
+    stuck = [asyncio.ensure_future(router._choose_replica_for_request(call("a"))) for _ in range(6)]
+    probe = asyncio.ensure_future(router._choose_replica_for_request(call("a", "check_health")))
+    await asyncio.sleep(0.1)
+    router.on_replica_actor_died(ReplicaID("a", DEPLOYMENT))
+    router.update_replicas([replica("b")])
+    late = [asyncio.ensure_future(chosen(router, call("b"))) for _ in range(6)]
+    for task in (*stuck, probe):
+        task.cancel()
+    assert await asyncio.gather(*late) == ["b"] * 6
+    assert router.curr_num_routing_tasks == 0
 
 
 def test_a_copy_of_the_router_knows_this_process_s_roster() -> None:
