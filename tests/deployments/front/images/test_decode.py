@@ -100,5 +100,12 @@ def test_damaged_bytes_give_an_image_or_an_image_error(kind):
             assert decode(bytes(damaged), SETTINGS).mode == "RGB"
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # of Pillow
+@pytest.mark.parametrize("exif", [b"", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", b"?"])
+def test_broken_exif_does_not_spoil_the_image(exif):
+    data = encoded(picture("RGB", 90, 70), "JPEG", exif=b"Exif\0\0" + exif)
+    assert decode(data, SETTINGS).size == (90, 70)
+
+
 def test_transparency_shows_white():
     assert decode(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), SETTINGS).getpixel((0, 0)) == (255, 255, 255)
