@@ -1,6 +1,7 @@
 """The whole text model against Meta's `llama-models`, on configurations drawn at random.
 
 Prefill only: at decode the reference applies no mask, so its chunked layers see earlier chunks.
+Decode and paged steps are compared with our own prefill.
 """
 
 import random
@@ -10,6 +11,8 @@ import torch
 
 from model import LLM, ModelArgs, TransformerInput
 from model.args import MoEArgs
+from model.kv_cache import PagedCache
+from tests.model.paging import Pages
 
 meta = pytest.importorskip("llama_models.llama4.model", reason="llama-models is a development dependency")
 meta_args = pytest.importorskip("llama_models.llama4.args")
@@ -48,14 +51,25 @@ def reference(args: ModelArgs, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Modu
     if args.moe_args is not None:
         fields["moe_args"] = args.moe_args.model_dump(include=set(meta_args.MoEArgs.model_fields))
     model = meta.Transformer(meta_args.ModelArgs(**fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                width = parameter.shape[-2] if "experts.w" in name or "router" in name else parameter.shape[-1]
-                parameter.normal_(std=1.5 / width**0.5)
+    enlarge(model)
     return model
+
+
+@torch.no_grad()
+def enlarge(model: torch.nn.Module) -> None:
+    """Weights at random, large enough to make logits of order one."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.uniform_(0.5, 1.5)
+        else:
+            width = parameter.shape[-2] if "experts.w" in name or "router" in name else parameter.shape[-1]
+            parameter.normal_(std=1.5 / width**0.5)
+
+
+def assert_equal(got: torch.Tensor, expected: torch.Tensor, seed: int, args: ModelArgs) -> None:
+    scale = expected.abs().max()
+    message = f"seed {seed}: {args!r}"
+    torch.testing.assert_close(got / scale, expected / scale, rtol=1e-5, atol=1e-5, msg=lambda m: f"{message}\n{m}")
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -67,9 +81,7 @@ def test_logits_equal_metas(seed, monkeypatch):
     model.load_state_dict(theirs.state_dict())
     tokens = torch.randint(0, args.vocab_size, (2, LENGTH))
     expected = theirs(meta_datatypes.TransformerInput(tokens=tokens, tokens_position=0)).logits
-    got = model(TransformerInput(tokens)).logits
-    scale = expected.abs().max()
-    torch.testing.assert_close(got / scale, expected / scale, rtol=1e-5, atol=1e-5, msg=lambda m: f"{args!r}\n{m}")
+    assert_equal(model(TransformerInput(tokens)).logits, expected, seed, args)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -78,6 +90,7 @@ def test_decode_equals_prefill(seed):
     args = draw(seed)
     torch.manual_seed(seed)
     model = LLM(args)
+    enlarge(model)
     tokens = torch.randint(0, args.vocab_size, (2, LENGTH))
     expected = model(TransformerInput(tokens)).logits
     model.forward(TransformerInput(tokens[:, :7]), inference=True)
@@ -85,5 +98,28 @@ def test_decode_equals_prefill(seed):
     for step in range(LENGTH - 7):
         now = torch.stack([tokens[0, 7 + step], tokens[1, 3 + step]])[:, None]
         got = model.forward(TransformerInput(now, starts + step), inference=True).logits[:, 0]
-        wanted = torch.stack([expected[0, 7 + step], expected[1, 3 + step]])
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        assert_equal(got, torch.stack([expected[0, 7 + step], expected[1, 3 + step]]), seed, args)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
+def test_paged_steps_equal_prefill(seed):
+    """Sequences prefilled in pieces of any size beside others that decode, in shuffled blocks."""
+    args = draw(seed)
+    torch.manual_seed(seed)
+    model = LLM(args)
+    enlarge(model)
+    tokens = torch.randint(0, args.vocab_size, (3, LENGTH))
+    expected = model(TransformerInput(tokens)).logits
+    pages = Pages(sequences=3, length=LENGTH, block_size=4)
+    cache = PagedCache(args, args.kv_heads, pages.num_blocks, 4, torch.float32)
+    rng, done = random.Random(seed), [0, 0, 0]
+    while min(done) < LENGTH:
+        going = [sequence for sequence in range(3) if done[sequence] < LENGTH and rng.random() < 0.7]
+        pieces = [(s, done[s], min(done[s] + rng.choice([1, 1, 3, 9]), LENGTH)) for s in going]
+        pieces.sort(key=lambda piece: piece[2] - piece[1] > 1)  # decodes come first
+        if pieces:
+            got = model.step(pages.batch([(s, start, tokens[s, start:end]) for s, start, end in pieces]), cache)
+            assert_equal(got, torch.cat([expected[s, start:end] for s, start, end in pieces]), seed, args)
+        for sequence, _, end in pieces:
+            done[sequence] = end
