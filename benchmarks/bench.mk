@@ -2,7 +2,7 @@
 
 HF_FOLDER := models/hf/SmolLM2-135M-Instruct
 
-.PHONY: bench-peers bench-client bench-tp quality
+.PHONY: bench-peers bench-client bench-tp bench-moe quality
 bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
@@ -13,6 +13,9 @@ bench-client: .venv-peers/.installed $(HF_FOLDER)/config.json  ## `vllm bench se
 
 bench-tp: setup-dev  ## Two tensor-parallel ranks of one thread beside one rank of two threads
 	.venv/bin/python -m benchmarks.tensor_parallel $(ARGS)
+
+bench-moe:  ## Experts that compute their own tokens only, against all experts for all tokens (16 experts, 256 tokens)
+	.venv/bin/python -m benchmarks.moe $(ARGS)
 
 quality:  ## Perplexity and agreement with transformers, fp32 and bf16
 	.venv/bin/python -m benchmarks.quality $(ARGS)
