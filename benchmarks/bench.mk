@@ -2,7 +2,7 @@
 
 HF_FOLDER := models/hf/SmolLM2-135M-Instruct
 
-.PHONY: bench-peers bench-client bench-tp bench-moe quality
+.PHONY: bench-peers bench-client bench-tp bench-moe bench-experts soak-experts quality
 bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
@@ -14,13 +14,12 @@ bench-client: .venv-peers/.installed $(HF_FOLDER)/config.json  ## `vllm bench se
 bench-tp: setup-dev  ## Two tensor-parallel ranks of one thread beside one rank of two threads
 	.venv/bin/python -m benchmarks.tensor_parallel $(ARGS)
 
-bench-moe:  ## Experts that compute their own tokens only, against all experts for all tokens (16 experts, 256 tokens)
+bench-moe: setup-dev  ## Experts that compute their own tokens only, against all experts for all tokens (16 experts, 256 tokens)
 	.venv/bin/python -m benchmarks.moe $(ARGS)
 
-quality:  ## Perplexity and agreement with transformers, fp32 and bf16
+quality: setup-dev model  ## Perplexity and agreement with transformers, fp32 and bf16
 	.venv/bin/python -m benchmarks.quality $(ARGS)
 
-.PHONY: bench-experts soak-experts
 bench-experts: setup-dev models/smollm2-moe/config.json  ## Decode steps with experts on servers beside local ones
 	.venv/bin/python -m benchmarks.experts $(ARGS)
 
