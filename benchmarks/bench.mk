@@ -2,7 +2,7 @@
 
 HF_FOLDER := models/hf/SmolLM2-135M-Instruct
 
-.PHONY: bench-peers bench-client bench-tp bench-moe bench-experts soak-experts quality
+.PHONY: bench-peers bench-client bench-tp bench-moe bench-experts bench-cluster soak-experts quality
 bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
@@ -22,6 +22,8 @@ quality: setup-dev model  ## Perplexity and agreement with transformers, fp32 an
 
 bench-experts: setup-dev models/smollm2-moe/config.json  ## Decode steps with experts on servers beside local ones
 	.venv/bin/python -m benchmarks.experts $(ARGS)
+
+bench-cluster: bench-tp bench-experts  ## Both: what it costs to spread a model over processes
 
 soak-experts: setup-dev models/smollm2-moe/config.json  ## Kill an expert server every 20 s under load, for 3 minutes
 	.venv/bin/python -m benchmarks.soak_experts $(ARGS)
