@@ -67,9 +67,11 @@ class LocalExperts(nn.Module):
     def submit(self, x_kD: Tensor, experts_k: Tensor) -> Ready:
         return Ready(compute_by_expert(x_kD, experts_k, self.w1.shape[0], self.compute))
 
-    def compute(self, expert: int, x: Tensor) -> Tensor:
-        """x: [rows, D] -> this rank's part of the expert's output, [rows, D]."""
-        return (F.silu(x @ self.w1[expert]) * (x @ self.w3[expert])) @ self.w2[expert]
+    def compute(self, x: Tensor, counts: list[int]) -> Tensor:
+        """`counts[e]` rows for each expert e in turn -> this rank's part of their outputs, like x: [rows, D]."""
+        parts = enumerate(x.split(counts))
+        outputs = [(F.silu(rows @ self.w1[e]) * (rows @ self.w3[e])) @ self.w2[e] for e, rows in parts if len(rows)]
+        return torch.cat(outputs) if outputs else x
 
 
 class MoE(nn.Module):
@@ -136,10 +138,9 @@ def compute_by_expert(
     x_kD: Tensor,
     experts_k: Tensor,
     num_experts: int,
-    compute: Callable[[int, Tensor], Tensor],
+    compute: Callable[[Tensor, list[int]], Tensor],
 ) -> Tensor:
-    """`compute(expert, its rows)` for every expert that has any; rows return in the order they came: [k, D]."""
+    """`compute(rows sorted by expert, how many of each)`; what it gives returns in the order the rows came: [k, D]."""
     order = experts_k.argsort(stable=True)
     counts = torch.bincount(experts_k, minlength=num_experts).tolist()
-    outputs = [compute(e, rows) for e, rows in enumerate(x_kD[order].split(counts)) if len(rows)]
-    return torch.empty_like(x_kD).index_copy(0, order, torch.cat(outputs)) if outputs else x_kD
+    return torch.empty_like(x_kD).index_copy(0, order, compute(x_kD[order], counts))

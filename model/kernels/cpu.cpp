@@ -383,6 +383,7 @@ void moray_matmul(const bf16* x, int64_t ldx, const bf16* w, void* y, int64_t ld
 void moray_swiglus(const bf16* x, const bf16* const* w13, const bf16* const* w2, const int64_t* counts, int64_t n,
                    bf16* hidden_rows, bf16* y, int64_t dim, int64_t hidden) {
   for (int64_t i = 0; i < n; ++i) {
+    if (!counts[i]) continue;
     matmul<Epilogue::kSwiGLU>(x, dim, w13[i], hidden_rows, hidden, counts[i], 2 * hidden / kLanes, dim);
     matmul<Epilogue::kBf16>(hidden_rows, hidden, w2[i], y, dim, counts[i], dim / kLanes, hidden);
     x += counts[i] * dim;
