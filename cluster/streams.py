@@ -1,9 +1,9 @@
 """Typed tensor frames over a stream socket: a small header and raw tensor memory, nothing pickled.
 
-On one host the stream is a Unix socket in a directory that only this user may enter; between
-hosts it is TCP. Both ends prove that they know a key that came through Ray, which carries
-control. The kernel closes a dead process's sockets at once, so a closed connection is how a
-death shows first. A message costs one system call on each side and wakes one thread.
+On one host the stream is a Unix socket in Linux's abstract namespace; between hosts it is TCP.
+Both ends prove that they know a key that came through Ray, which carries control. The kernel
+closes a dead process's sockets at once, so a closed connection is how a death shows first. A
+message costs one system call on each side and wakes one thread.
 
 A frame: magic (4 bytes), length of the header (4), length of the payload (8), the header, zeros
 up to a multiple of 16, the payload. Integers are little-endian.
@@ -184,7 +184,7 @@ class Handshake:
 
 
 def connect(endpoint: str, key: bytes, timeout: float) -> Connection:
-    """To `unix:PATH` or `tcp:HOST:PORT`. Waits at most `timeout` seconds for each answer.
+    """To `unix:NAME` or `tcp:HOST:PORT`. Waits at most `timeout` seconds for each answer.
 
     Raises Disconnected when nobody answers in time, or whoever does has another key.
     """
@@ -193,7 +193,7 @@ def connect(endpoint: str, key: bytes, timeout: float) -> Connection:
     stream.settimeout(timeout)
     try:
         if kind == "unix":
-            stream.connect(place)
+            stream.connect(f"\0{place}")
         else:
             host, _, port = place.rpartition(":")
             stream.connect((host, int(port)))

@@ -8,14 +8,11 @@ import logging
 import os
 import secrets
 import select
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import torch
@@ -33,15 +30,15 @@ BACKLOG = 128
 class ExpertServer:
     """Listens from construction on; answers from `start` to `stop`.
 
-    host: an address of this machine. Clients on the same one use a Unix socket in a private directory.
+    host: an address of this machine. Clients on the same one use a Unix socket.
     num_threads: torch's, in the computing thread.
     """
 
     def __init__(self, experts: HeldExperts, host: str, name: str | None = None, num_threads: int = 1) -> None:
         self._experts, self._num_threads = experts, num_threads
-        self._directory = Path(tempfile.mkdtemp(prefix="moray-x-", dir="/tmp"))  # mode 0700, a short path
         self._unix = socket.socket(socket.AF_UNIX)
-        self._unix.bind(str(self._directory / "s"))
+        unix = f"moray-{secrets.token_hex(16)}"
+        self._unix.bind(f"\0{unix}")  # a name without a file: nothing is left of it, however this process ends
         self._tcp = socket.socket(socket.AF_INET)
         self._tcp.bind((host, 0))
         for listener in (self._unix, self._tcp):
@@ -50,7 +47,7 @@ class ExpertServer:
         self.address = ServerAddress(
             id=name or secrets.token_hex(4),
             host=host,
-            unix=f"unix:{self._directory / 's'}",
+            unix=f"unix:{unix}",
             tcp=f"tcp:{host}:{self._tcp.getsockname()[1]}",
             key=secrets.token_bytes(KEY_BYTES),
         )
@@ -74,7 +71,6 @@ class ExpertServer:
         if self._thread.is_alive():
             os.eventfd_write(self._wake, 1)
             self._thread.join()
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
     def is_alive(self) -> bool:
