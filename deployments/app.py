@@ -25,9 +25,9 @@ HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s"
 ROUTER = {"request_router_class": "deployments.front.engine_router.EngineRouter"}
 DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
-"""Of an engine whose experts are elsewhere: its OpenMP threads spin for some microseconds after a kernel, and then
-leave the CPU to the expert servers that the engine waits for."""
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
+"""Of an engine whose experts are elsewhere: its OpenMP threads leave the CPU at once after a kernel, to the expert
+servers that the engine waits for. On two CPUs that is a third faster than 10000 turns."""
 
 
 def build(args: dict[str, Any]) -> Application:
