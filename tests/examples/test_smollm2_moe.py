@@ -1,12 +1,16 @@
 """The upcycled SmolLM2 is SmolLM2: same logits, same tokens, every expert at work."""
 
+import asyncio
 import importlib.util
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from benchmarks.prompts import real_text
 from deployments.front.tokenizer import open_tokenizer
 from model import LLM, ModelArgs, TransformerInput
 from model.checkpoint import open_checkpoint
@@ -17,7 +21,7 @@ SPEC = importlib.util.spec_from_file_location("upcycle", ROOT / "examples" / "sm
 upcycle = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(upcycle)
 
-NUM_TOKENS = 64
+NUM_PROMPTS, NUM_TOKENS = 32, 64
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +95,45 @@ def test_mixed_up_experts_show(moe, tokenizer):
         mixed = moe(inputs).logits
         w2.copy_(w2.roll(-1, 0))
     assert (mixed - expected).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def folder(source, dense, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2-moe")
+    parts = upcycle.upcycled(dense, upcycle.calibration_tokens(tokenizer), seed=0)
+    upcycle.write(folder, upcycle.moe_args(open_checkpoint(source).args), parts, torch.float32)
+    upcycle.write_tokenizer(folder, tokenizer)
+    return folder
+
+
+async def answers(url: str, model: str, prompts: list[str]) -> list[list[int]]:
+    """The tokens of prompts and greedy answers, all asked for at once."""
+
+    async def ask(client: httpx.AsyncClient, prompt: str) -> list[int]:
+        fields = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        response = await client.post("/v1/completions", json={"model": model, "prompt": prompt, **fields})
+        choice = response.raise_for_status().json()["choices"][0]
+        assert len(choice["token_ids"]) == NUM_TOKENS
+        return choice["prompt_token_ids"] + choice["token_ids"]
+
+    async with httpx.AsyncClient(base_url=url, timeout=240) as client:
+        return list(await asyncio.gather(*(ask(client, prompt) for prompt in prompts)))
+
+
+async def test_over_http_it_speaks_token_for_token_like_the_dense_model(source, folder, moe, start_stack):
+    """Of 32 prompts about 32 subjects. Prints which experts their tokens went to."""
+    sections = [text for text in real_text().split("\n\n") if len(text) > 200]
+    prompts = [text[:150] for text in sections[:: len(sections) // NUM_PROMPTS][:NUM_PROMPTS]]
+    engine = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory": "256MiB"}
+    models = {"dense": source, "moe": folder}
+    url = start_stack({"models": [{"id": id, "path": str(path), "engine": engine} for id, path in models.items()]})
+    expected, got = [await answers(url, model, prompts) for model in models]
+    assert len(got) == NUM_PROMPTS
+    assert got == expected
+    seen = [upcycle.inputs_of_feed_forwards(moe, torch.tensor([tokens])) for tokens in got]
+    use = upcycle.expert_use(moe, [torch.cat(layer) for layer in zip(*seen, strict=True)])
+    Console().print(upcycle.use_table(use))
+    assert use.all()
 
 
 def test_the_folder_is_opened_by_moray_and_by_transformers(tmp_path):
