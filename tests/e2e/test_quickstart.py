@@ -146,7 +146,7 @@ def test_stop_leaves_no_process(stack: Stack) -> None:
     [
         (("args", "models", 0, "path"), "models/absent.gguf", "models/absent.gguf"),
         (("args", "models", 0, "engine", "max_num_seq"), 3, "did you mean 'max_num_seqs'"),
-        (("deployments", 1, "num_replicas"), os.cpu_count() or 1, "this machine has"),
+        (("deployments", 1, "num_replicas"), 2 * (os.cpu_count() or 1), "this machine has"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(

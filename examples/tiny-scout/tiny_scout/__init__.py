@@ -1,0 +1,1 @@
+"""A small Llama 4 that reads handwritten digits: its data, its training, its checkpoint."""
