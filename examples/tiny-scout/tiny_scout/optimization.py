@@ -19,7 +19,7 @@ PRINTED = 100
 class Optimizer:
     """AdamW; the learning rate rises linearly, then falls as a cosine to a hundredth.
 
-    slow: those of `parameters` that learn at a hundredth of the rate.
+    slow: those of `parameters` that learn at a tenth of the rate.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Optimizer:
         groups = [
             {"params": [p for p in fast if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
             {"params": [p for p in fast if p.dim() <= 1], "weight_decay": 0.0},
-            {"params": list(slow), "weight_decay": WEIGHT_DECAY, "lr": learning_rate / 100},
+            {"params": list(slow), "weight_decay": WEIGHT_DECAY, "lr": learning_rate / 10},
         ]
         self._adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, lambda step: _share(step, steps))

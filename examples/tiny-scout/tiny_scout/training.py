@@ -28,7 +28,7 @@ class Settings:
     balance: weight of the load-balancing loss.
     """
 
-    steps: int = 2400
+    steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 2e-3
     only_one: int = 160
