@@ -21,6 +21,11 @@ setup-dev: $(VENV)/.installed-dev
 model:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/smollm2/fetch.py
 
+MOE := models/smollm2-moe/config.json
+
+$(MOE): | setup model  # that model as a mixture of experts
+	@$(BIN)/python examples/smollm2-moe/upcycle.py --no-check
+
 serve: setup model  ## serve CONFIG (configs/quickstart.yaml) on this machine until Ctrl-C or `make stop`
 	@exec $(BIN)/python -m deployments.local serve $(CONFIG)
 
@@ -32,10 +37,10 @@ plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (
 
 SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_ranks_on_hosts.py tests/examples/test_smollm2_moe.py
 
-test: setup-dev model  ## all tests but the slow ones
+test: setup-dev model $(MOE)  ## all tests but the slow ones
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(SLOW_TESTS)) $(TESTS)
 
-test-slow: setup-dev model  ## the slow tests (6 minutes)
+test-slow: setup-dev model $(MOE)  ## the slow tests (6 minutes)
 	$(BIN)/python -m pytest -q $(SLOW_TESTS)
 
 check: setup-dev  ## lint, types, direction of imports

@@ -20,16 +20,13 @@ bench-moe: setup-dev  ## Experts that compute their own tokens only, against all
 quality: setup-dev model  ## Perplexity and agreement with transformers, fp32 and bf16
 	.venv/bin/python -m benchmarks.quality $(ARGS)
 
-bench-experts: setup-dev models/smollm2-moe/config.json  ## Decode steps with experts on servers beside local ones
+bench-experts: setup-dev $(MOE)  ## Decode steps with experts on servers beside local ones
 	.venv/bin/python -m benchmarks.experts $(ARGS)
 
 bench-cluster: bench-tp bench-experts  ## Both: what it costs to spread a model over processes
 
-soak-experts: setup-dev models/smollm2-moe/config.json  ## Kill an expert server every 20 s under load, for 3 minutes
+soak-experts: setup-dev $(MOE)  ## Kill an expert server every 20 s under load, for 3 minutes
 	.venv/bin/python -m benchmarks.soak_experts $(ARGS)
-
-models/smollm2-moe/config.json: | setup model
-	.venv/bin/python examples/smollm2-moe/upcycle.py --no-check
 
 # torchvision, torchaudio and torchcodec do not load beside the CPU build of torch, and nothing here needs them.
 .venv-peers/.installed:

@@ -17,7 +17,7 @@ from tests.stack import ROOT, Stack
 MODEL = "smollm2-moe"
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "models" / MODEL / "config.json").is_file(), reason=f"models/{MODEL} is not there: `make bench-experts`"
+    not (ROOT / "models" / MODEL / "config.json").is_file(), reason=f"models/{MODEL} is not there: `make test` makes it"
 )
 
 
