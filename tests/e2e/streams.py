@@ -41,6 +41,11 @@ class Record:
     def longest_gap(self) -> float:
         return max((after - before for before, after in zip(self.times, self.times[1:], strict=False)), default=0.0)
 
+    def gap_at(self, moment: float) -> float:
+        """The time without an event around `moment`."""
+        around = zip(self.times, self.times[1:], strict=False)
+        return next((after - before for before, after in around if before <= moment <= after), 0.0)
+
     def add(self, event: dict[str, Any]) -> None:
         self.times.append(time.monotonic())
         self.error = event.get("error", self.error)

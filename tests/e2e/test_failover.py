@@ -53,26 +53,29 @@ async def until_engines(stack: Stack, count: int) -> None:
             await asyncio.sleep(0.2)
 
 
-def strike(stack: Stack, kind: signal.Signals, pids: list[int]) -> Callable[[], Awaitable[None]]:
-    """Sends a signal to the busiest engine once tokens flow; its pid goes to `pids`."""
+def strike(stack: Stack, kind: signal.Signals, struck: list[tuple[int, float]]) -> Callable[[], Awaitable[None]]:
+    """Sends a signal to the busiest engine once tokens flow; its pid and the time go to `struck`."""
 
     async def act() -> None:
         await asyncio.sleep(2.0)
         victim = max(await asyncio.to_thread(engines, stack), key=lambda engine: engine["running"])
         assert victim["running"] > 0
         os.kill(victim["pid"], kind)
-        pids.append(victim["pid"])
+        struck.append((victim["pid"], time.monotonic()))
 
     return act
 
 
-def report(what: str, records: list[Record], before: list[Record]) -> None:
+def report(what: str, records: list[Record], before: list[Record], moment: float = 0.0) -> None:
     """One line for people."""
     gap, usual = (max(record.longest_gap for record in some) for some in (records, before))
+    pauses = sorted(record.gap_at(moment) for record in records) if moment else [0.0]
     changed = sum(record.differs_from(other) for record, other in zip(records, before, strict=True))
     lost = sum(not record.is_done for record in records)
-    print(f"{what}: {len(records)} requests, {lost} lost, {changed} changed; "
-          f"longest gap {gap:.2f} s, {usual:.2f} s undisturbed")  # fmt: skip
+    print(
+        f"{what}: {len(records)} requests, {lost} lost, {changed} changed; longest gap {gap:.2f} s, {usual:.2f} s "
+        f"undisturbed; at the strike, median {pauses[len(pauses) // 2]:.2f} s, longest {pauses[-1]:.2f} s"
+    )
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
@@ -81,49 +84,49 @@ async def test_a_dead_or_frozen_engine_costs_nothing(
 ) -> None:
     """Killed, another goes on at once. Frozen, its silence tells; Serve replaces it, and it never comes back."""
     await until_engines(stack, 2)
-    pids: list[int] = []
-    records = await together(stack.url, REQUESTS, strike(stack, kind, pids))
-    report(kind.name, records, undisturbed)
+    struck: list[tuple[int, float]] = []
+    records = await together(stack.url, REQUESTS, strike(stack, kind, struck))
+    report(kind.name, records, undisturbed, struck[0][1])
     assert_nothing_changed(records, undisturbed)
     begin = time.monotonic()
-    await until_replaced(stack, pids[0], 2)
+    await until_replaced(stack, struck[0][0], 2)
     print(f"two engines again {time.monotonic() - begin:.1f} s later")
     assert httpx.get(f"{stack.url}/health", timeout=30).status_code == 200
 
 
 async def test_an_engine_that_thaws_is_used_again_and_keeps_nothing(stack: Stack, undisturbed: list[Record]) -> None:
     await until_engines(stack, 2)
-    pids: list[int] = []
+    struck: list[tuple[int, float]] = []
 
     async def freeze_and_thaw() -> None:
-        await strike(stack, signal.SIGSTOP, pids)()
+        await strike(stack, signal.SIGSTOP, struck)()
         await asyncio.sleep(5.0)
-        os.kill(pids[0], signal.SIGCONT)
+        os.kill(struck[0][0], signal.SIGCONT)
 
     records = await together(stack.url, REQUESTS, freeze_and_thaw)
-    report("SIGSTOP for 5 s", records, undisturbed)
+    report("SIGSTOP for 5 s", records, undisturbed, struck[0][1])
     assert_nothing_changed(records, undisturbed)
     async with asyncio.timeout(30):
         while any(engine["running"] or engine["waiting"] for engine in await asyncio.to_thread(engines, stack)):
             await asyncio.sleep(0.2)
-    assert pids[0] in [engine["pid"] for engine in engines(stack)]
+    assert struck[0][0] in [engine["pid"] for engine in engines(stack)]
 
 
 async def test_requests_without_a_seed_get_all_their_tokens(stack: Stack) -> None:
     await until_engines(stack, 2)
     request = {"model": MODEL, "prompt": "An eel", "max_tokens": MAX_TOKENS, "ignore_eos": True, "n": 2}
-    pids: list[int] = []
-    records = await together(stack.url, [request] * 6, strike(stack, signal.SIGKILL, pids))
+    struck: list[tuple[int, float]] = []
+    records = await together(stack.url, [request] * 6, strike(stack, signal.SIGKILL, struck))
     assert all(record.is_done and record.completion_tokens == 2 * MAX_TOKENS for record in records)
     assert all(len(tokens) == MAX_TOKENS for record in records for tokens in record.tokens.values())
-    await until_replaced(stack, pids[0], 2)
+    await until_replaced(stack, struck[0][0], 2)
 
 
 async def test_the_only_engine_dies_and_streams_wait_for_the_next(stack: Stack, undisturbed: list[Record]) -> None:
     await deploy(stack, 1)
-    pids: list[int] = []
-    records = await together(stack.url, REQUESTS, strike(stack, signal.SIGKILL, pids))
-    report("SIGKILL of the only engine", records, undisturbed)
+    struck: list[tuple[int, float]] = []
+    records = await together(stack.url, REQUESTS, strike(stack, signal.SIGKILL, struck))
+    report("SIGKILL of the only engine", records, undisturbed, struck[0][1])
     assert_nothing_changed(records, undisturbed)
 
 
