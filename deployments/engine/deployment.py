@@ -90,7 +90,7 @@ class Engine:
     async def generate(self, request: EngineRequest) -> None:
         """Returns when the request is done; its tokens go to `request.reply_to`. Cancelling aborts it.
 
-        Raises QueueFull, RequestTooLong, StepFailed or EngineStopping.
+        Raises QueueFull, RequestTooLong, StepFailed, ExpertsGone or EngineStopping.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()

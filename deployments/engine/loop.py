@@ -18,13 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.channel import Address
+from cluster.experts.client import ExpertsNotReady, ExpertsUnavailable
 from deployments.engine.batch import BatchBuilder, StepBatch
 from deployments.engine.images import EncodedImages, check_images
 from deployments.engine.mailing import Mailing
 from deployments.engine.metrics import EngineMetrics
 from deployments.engine.model_thread import ModelThread
 from deployments.engine.postprocess import Outputs, postprocess
-from deployments.engine.request import EngineRequest, EngineStopping, QueueFull, StepFailed, VisionDescription
+from deployments.engine.request import (
+    EngineRequest,
+    EngineStopping,
+    ExpertsGone,
+    QueueFull,
+    StepFailed,
+    VisionDescription,
+)
 from deployments.engine.scheduler import Plan, Scheduler
 from deployments.engine.sequence import Sequence, Status
 from model.datatypes import PagedBatch
@@ -183,14 +191,20 @@ class StepLoop:
                 self._was_idle = False
                 self._step(plan)
             self._consecutive_failures = 0
+        except (ExpertsUnavailable, ExpertsNotReady) as error:  # a new engine would find them no better
+            self._fail_step(plan, ExpertsGone(str(error)))
         except Exception as error:
             self._consecutive_failures += 1
-            self._metrics.failed_steps.inc()
-            ids = {sequence.request.request_id for sequence in plan}
-            admitted = [entry for entry in list(self._requests.values()) if entry.choices]
-            concerned = [entry for entry in admitted if entry.request.request_id in ids or not plan]
-            logger.exception("A step failed, and with it %d of %d requests", len(concerned), len(self._requests))
-            self._fail(concerned, StepFailed(f"the engine failed in a step: {type(error).__name__}: {error}"))
+            self._fail_step(plan, StepFailed(f"the engine failed in a step: {type(error).__name__}: {error}"))
+
+    def _fail_step(self, plan: Plan, error: Exception) -> None:
+        """To be called where an exception is handled."""
+        self._metrics.failed_steps.inc()
+        ids = {sequence.request.request_id for sequence in plan}
+        admitted = [entry for entry in list(self._requests.values()) if entry.choices]
+        concerned = [entry for entry in admitted if entry.request.request_id in ids or not plan]
+        logger.exception("A step failed, and with it %d of %d requests", len(concerned), len(self._requests))
+        self._fail(concerned, error)
 
     def _step(self, plan: Plan) -> None:
         begun = time.perf_counter()

@@ -148,6 +148,11 @@ class StepFailed(RuntimeError):
     """The engine failed while it computed this request; other requests went on."""
 
 
+class ExpertsGone(RuntimeError):
+    """No expert server answered for experts that this request needs. Neither it nor the engine is at fault, and
+    another engine would ask the same servers. The message names the experts."""
+
+
 class EngineStopping(RuntimeError):
     """The engine is shutting down; another may take the request."""
 

@@ -2,13 +2,14 @@
 
 from ray.serve.exceptions import BackPressureError
 
-from deployments.engine.request import EngineStopping, QueueFull, RequestTooLong, StepFailed
-from deployments.front.engine_client import EngineFailure
+from deployments.engine.request import EngineStopping, ExpertsGone, QueueFull, RequestTooLong, StepFailed
+from deployments.front.engine_client import EngineFailure, EngineUnavailable
 from deployments.front.replay import EngineLost
 
 
 def translated(error: Exception, model: str, engine: str) -> Exception:
-    """QueueFull and RequestTooLong as they are; EngineLost if another engine may go on; else EngineFailure.
+    """QueueFull and RequestTooLong as they are; EngineLost if another engine may go on; EngineUnavailable if none
+    can now; else EngineFailure.
 
     What the engine itself raised comes with its `cause`. Everything else (actor died, connection
     broken, call cancelled, deployment unavailable) happened on the way.
@@ -18,6 +19,8 @@ def translated(error: Exception, model: str, engine: str) -> Exception:
         return cause
     if isinstance(error, BackPressureError):
         return QueueFull(0, 1.0)
+    if isinstance(cause, ExpertsGone):
+        return EngineUnavailable(f"Engine replica {engine}: {cause}")
     if isinstance(cause, EngineStopping | StepFailed):
         return EngineLost(f"Engine replica {engine}: {cause}")
     if cause is None:

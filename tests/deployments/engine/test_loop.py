@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments.engine.request import EngineStopping, QueueFull, RequestTooLong, StepFailed
+from cluster.experts.client import ExpertsUnavailable
+from deployments.engine.request import EngineStopping, ExpertsGone, QueueFull, RequestTooLong, StepFailed
 from tests.deployments.engine.conftest import Front
 
 
@@ -100,6 +101,25 @@ async def test_a_failing_step_fails_its_requests_and_the_next_ones_work(
             await front.engine.generate(request_of(f"bad{number}", [1, 666], 5, to=front.inbox.address))
     with pytest.raises(RuntimeError, match="last 3 steps failed"):
         front.engine.check_health()
+
+
+async def test_missing_experts_fail_requests_but_not_the_engine(
+    start: Callable, request_of: Callable, completion_of: Callable
+) -> None:
+    gone = True
+
+    def before(batch: object) -> None:
+        if gone:
+            raise ExpertsUnavailable("experts [3] of layer 1 did not answer")
+
+    front = start(before=before)
+    for number in range(4):
+        with pytest.raises(ExpertsGone, match=r"^experts \[3\] of layer 1"):
+            await front.engine.generate(request_of(f"bad{number}", [1, 2], 5, to=front.inbox.address))
+    front.engine.check_health()
+    gone = False
+    await front.engine.generate(request_of("good", [1, 2], 5, to=front.inbox.address))
+    await front.until(lambda: front.outputs.get(("good", 0)) == completion_of([1, 2], 5))
 
 
 async def test_a_full_queue_refuses_and_empties(start: Callable, request_of: Callable) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from deployments.config import ExpertsConfig, ModelConfig, read
 from deployments.engine.deployment import Engine
-from deployments.engine.request import EngineRequest, SamplingParams
+from deployments.engine.request import EngineRequest, ExpertsGone, SamplingParams
 from deployments.experts.deployment import ExpertReplica
 from deployments.experts.directory import ExpertDirectory
 from deployments.front.mailbox import Mailbox
@@ -121,7 +121,7 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
         replica._membership.stop()
         replica._server.stop()
         replica._has_left = True
-    with pytest.raises(Exception, match=r"ExpertsUnavailable: experts .* of layer 1 did not answer for 1 s"):
+    with pytest.raises(ExpertsGone, match=r"^experts .* of layer 1 did not answer for 1 s"):
         await complete(engine, mailbox, "without")
     engine.stop()
     mailbox.close()

@@ -14,6 +14,7 @@ from cluster.channel import Outbox
 from deployments.engine.request import (
     EngineRequest,
     EngineStopping,
+    ExpertsGone,
     QueueFull,
     SamplingParams,
     StepFailed,
@@ -249,6 +250,15 @@ async def test_what_an_engine_refuses_is_not_tried_elsewhere(engines, cause: Exc
     with pytest.raises(kind):
         await take(engine)
     assert sum(len(replica.requests) for replica in replicas) == 1
+
+
+async def test_missing_experts_are_told_at_once_and_not_looked_for_from_another_engine(engines) -> None:
+    replicas = [Replica(name, 2, raised(ExpertsGone("experts [3] of layer 1 did not answer"))) for name in "ab"]
+    engine, roster = engines(*replicas)
+    with pytest.raises(EngineUnavailable, match=r"experts \[3\] of layer 1 did not answer"):
+        await take(engine)
+    assert sum(len(replica.requests) for replica in replicas) == 1
+    assert not roster.suspects
 
 
 async def test_closing_cancels_the_call(engines) -> None:
