@@ -4,11 +4,14 @@ A process that is frozen, or whose host is gone, falls silent; Ray would need 15
 Whether steps go on is not said here: an engine whose steps fail or end says so to Serve (`check_health`).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 
 from cluster.channel import Address
 from deployments.engine.mailing import Mailing
+
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
 
@@ -27,5 +30,8 @@ class Heartbeat:
     def _run(self) -> None:
         mailing = Mailing(self._engine)
         while not self._stopping.wait(BEAT_SECONDS):
-            mailing.send({front: [] for front in self._fronts()})
+            try:
+                mailing.send({front: [] for front in self._fronts()})
+            except Exception:  # without a heartbeat every front would leave this engine
+                logger.exception("A heartbeat was not sent")
         mailing.close()

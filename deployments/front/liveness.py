@@ -6,6 +6,7 @@ of them accuses gets no new request until it answers a call again.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from deployments.front.mailbox import DeltaQueue, Mailbox
 from deployments.front.replay import EngineLost
 from deployments.front.roster import Roster
+
+logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.1
 PROBE_SECONDS = 2.0
@@ -83,14 +86,20 @@ class Liveness:
             last = now
             if now - before > self._timeout / 2:
                 continue  # this process itself stood still: what it has heard meanwhile is yet to be read
-            for attempt in self._attempts:
-                silence = now - max(attempt.begun, self._mailbox.heard(attempt.engine))
-                self._listen(attempt, silence)
-                why = reason_to_leave(self._roster, attempt.engine, silence > self._patience)
-                if why is not None:
-                    attempt.deltas.fail(EngineLost(f"Engine replica {attempt.engine} {why}"))
-            for engine in set(self._roster.suspects) - self._probing.keys():
-                self._probing[engine] = asyncio.create_task(self._until_it_answers(engine))
+            try:
+                self._look(now)
+            except Exception:  # nothing else would notice the next engine that dies
+                logger.exception("Engines were not checked")
+
+    def _look(self, now: float) -> None:
+        for attempt in self._attempts:
+            silence = now - max(attempt.begun, self._mailbox.heard(attempt.engine))
+            self._listen(attempt, silence)
+            why = reason_to_leave(self._roster, attempt.engine, silence > self._patience)
+            if why is not None:
+                attempt.deltas.fail(EngineLost(f"Engine replica {attempt.engine} {why}"))
+        for engine in set(self._roster.suspects) - self._probing.keys():
+            self._probing[engine] = asyncio.create_task(self._until_it_answers(engine))
 
     def _listen(self, attempt: Attempt, silence: float) -> None:
         """Suspects an engine that has been silent, and no longer one that was and is heard again."""

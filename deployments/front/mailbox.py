@@ -95,7 +95,7 @@ class Mailbox:
             message = await inbox.receive()
             try:
                 self._deliver(self._decode(message))
-            except msgspec.MsgspecError:
+            except Exception:  # invalid UTF-8 is no MsgspecError, and tokens of others must go on to arrive
                 logger.exception("A message of %d bytes from an engine is malformed", len(message))
 
     def _deliver(self, step: StepMessage) -> None:

@@ -31,6 +31,21 @@ async def test_each_request_gets_its_own_deltas_and_strangers_are_dropped(mailbo
     outbox.close()
 
 
+INVALID_UTF8 = b"\x92\x90\xa1\xff"
+"""[[], "\\xff"]: msgspec raises UnicodeDecodeError, which is no MsgspecError."""
+
+
+@pytest.mark.parametrize("malformed", [b"", b"\xc1", b"\x92\x90\x01", INVALID_UTF8])
+async def test_a_malformed_message_is_skipped(mailbox, malformed: bytes):
+    outbox = Outbox(mailbox.address)
+    with mailbox.open("a") as a:
+        outbox.send(malformed)
+        outbox.send(msgspec.msgpack.encode(StepMessage([delta("a", 0)])))
+        async with asyncio.timeout(5):
+            assert (await a.get()).offset == 0
+    outbox.close()
+
+
 async def test_an_error_comes_after_the_deltas_before_it(mailbox):
     with mailbox.open("a") as deltas:
         deltas.put(delta("a", 0))
