@@ -125,7 +125,8 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """The same over a process group of torch's own (gloo, NCCL). A wait that is under way ends at its deadline."""
+    """The same over a process group of torch's own (gloo, NCCL). A wait that is under way ends at its deadline, also
+    when the other rank only computes for that long."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._aborted = group, False
@@ -204,7 +205,7 @@ class World:
         return {rank: self.pids[rank] for rank in self.layout.neighbours(self.rank) if rank != self.rank}
 
     def set_deadline(self, seconds: float) -> None:
-        """How long this rank waits for another, from now on."""
+        """How long this rank waits for another from now on; in shared memory, for a sign of life from it."""
         for transport in self._transports:
             transport.set_deadline(seconds)
 

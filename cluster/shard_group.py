@@ -2,8 +2,9 @@
 
 The group lives and dies as one. A rank that dies is noticed within a fraction of a second by
 every other of its host; one that freezes, or is on a host that cannot be reached, by whoever waits
-for it longer than `rank_timeout_s`. Then followers end their processes, and `on_lost` of the
-leader is called, which should do the same.
+for it and gets no sign of life for `rank_timeout_s`. One that computes for long gives them through shared
+memory; gloo knows none, so that between hosts a step must not take longer than that. Then followers
+end their processes, and `on_lost` of the leader is called, which should do the same.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ OnLost = Callable[[str], None]
 class ShardGroup:
     """The leader's side: what the engine steps, once `load` has returned. `stop` must be called in the end.
 
-    rank_timeout_s: how long a rank may be late. on_lost: called when the group is lost after `load`.
+    rank_timeout_s: how long a rank may give no sign of life. on_lost: called when the group is lost after `load`.
     """
 
     def __init__(self, world: World, rank_timeout_s: float, on_lost: OnLost) -> None:

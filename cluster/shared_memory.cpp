@@ -6,7 +6,8 @@
 // left exchange k - 1, so it has seen all others leave k - 2, and its slot of k - 2 is free.
 // Longer data goes in as many exchanges as it takes.
 //
-// Waiting spins for a while, then sleeps on a futex, so that an idle group costs nothing.
+// Waiting spins for a while, then sleeps on a futex, so that an idle group costs nothing. A rank may be late: while it
+// counts up its sign of life it computes, and only silence is held against it.
 //
 // Plain C interface; shared_memory.py owns the descriptor and checks arguments.
 
@@ -39,6 +40,7 @@ constexpr int64_t kYieldNs = 200 * 1000;        // of giving the CPU away before
 struct alignas(128) Line {
   std::atomic<uint32_t> posted;   // number of the last exchange this rank has given its part of
   std::atomic<uint32_t> sleepers; // ranks that sleep until it changes
+  std::atomic<uint32_t> alive;    // counted up for as long as the process runs
 };
 
 struct Group {
@@ -46,7 +48,7 @@ struct Group {
   int64_t bytes;
   int rank, size;
   uint32_t exchange;
-  int64_t spin_ns, deadline_ns;
+  int64_t spin_ns, deadline_ns, longest_ns;
   std::atomic<int> aborted;
 
   Line& line(int of) { return reinterpret_cast<Line*>(base)[of]; }
@@ -75,12 +77,14 @@ void post(Group& g) {
   if (mine.sleepers.load(std::memory_order_seq_cst)) futex(mine.posted, FUTEX_WAKE, INT32_MAX, nullptr);
 }
 
-// 0 once `of` has posted; kAborted; or of + 1 when it has missed the deadline.
+// 0 once `of` has posted; kAborted; or of + 1 when it has given no sign of life for the deadline, or is too late even so.
 int wait_for(Group& g, int of) {
   Line& line = g.line(of);
   const auto is_there = [&] { return int32_t(line.posted.load(std::memory_order_acquire) - g.exchange) >= 0; };
   if (is_there()) return 0;
   const int64_t begun = now_ns();
+  int64_t silent_since = 0;  // since `begun`
+  uint32_t alive = line.alive.load(std::memory_order_relaxed);
   for (;;) {
     for (int i = 0; i < 64; ++i) {
       if (is_there()) return 0;
@@ -93,7 +97,11 @@ int wait_for(Group& g, int of) {
       sched_yield();
       continue;
     }
-    if (waited > g.deadline_ns) return of + 1;
+    if (const uint32_t now = line.alive.load(std::memory_order_relaxed); now != alive) {
+      alive = now;
+      silent_since = waited;
+    }
+    if (waited - silent_since > g.deadline_ns || waited > g.longest_ns) return of + 1;
     const timespec nap{0, kSleepNs};
     line.sleepers.fetch_add(1, std::memory_order_seq_cst);
     const uint32_t seen = line.posted.load(std::memory_order_seq_cst);
@@ -178,7 +186,7 @@ Group* moray_join(int fd, int rank, int size, int64_t spin_ns) {
   const int64_t bytes = moray_segment_bytes(size);
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) return nullptr;
-  return new Group{static_cast<char*>(base), bytes, rank, size, 0, spin_ns, INT64_MAX, {0}};
+  return new Group{static_cast<char*>(base), bytes, rank, size, 0, spin_ns, INT64_MAX, INT64_MAX, {0}};
 }
 
 void moray_leave(Group* g) {
@@ -186,7 +194,14 @@ void moray_leave(Group* g) {
   delete g;
 }
 
-void moray_set_deadline(Group* g, int64_t ns) { g->deadline_ns = ns; }
+// deadline_ns: of silence. longest_ns: of waiting for a rank that does give signs of life.
+void moray_set_deadline(Group* g, int64_t deadline_ns, int64_t longest_ns) {
+  g->deadline_ns = deadline_ns;
+  g->longest_ns = longest_ns;
+}
+
+// A sign of life for those who wait for this rank. From any thread.
+void moray_alive(Group* g) { g->line(g->rank).alive.fetch_add(1, std::memory_order_relaxed); }
 
 // Makes this process's waits, now and later, end at once. From any thread.
 void moray_abort(Group* g) { g->aborted.store(1); }

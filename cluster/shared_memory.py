@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ SPIN_NS = 100_000
 """How long a rank that has a CPU to itself waits awake: about what a layer's skew takes."""
 SPIN_CROWDED_NS = 2_000
 """The same where ranks outnumber CPUs, and the one waited for may need this one."""
+ALIVE_SECONDS = 0.1
+"""Between two signs of life."""
+PATIENCE = 30.0
+"""Deadlines that a rank may be late while it gives signs of life: a step takes no longer, so it hangs."""
 EVERYONE = (1 << MAX_RANKS) - 1
 """A bit for each rank."""
 
@@ -51,8 +56,10 @@ def _library() -> ctypes.CDLL:
     library.moray_join.restype = pointer
     library.moray_leave.argtypes = [pointer]
     library.moray_leave.restype = None
-    library.moray_set_deadline.argtypes = [pointer, size]
+    library.moray_set_deadline.argtypes = [pointer, size, size]
     library.moray_set_deadline.restype = None
+    library.moray_alive.argtypes = [pointer]
+    library.moray_alive.restype = None
     library.moray_abort.argtypes = [pointer]
     library.moray_abort.restype = None
     library.moray_all_reduce_bf16.argtypes = [pointer, pointer, size]
@@ -79,7 +86,8 @@ class Segment:
 
 
 class SharedMemory:
-    """One rank's place in a group. All ranks call the same operations in the same order, one thread each.
+    """One rank's place in a group. All ranks call the same operations in the same order, one thread each. Another
+    thread tells the other ranks that this process lives, also while it computes.
 
     path: of the group's `Segment`. spin_ns: None decides by the CPUs there are.
     Every operation raises RankLost when a rank misses the deadline, or after `abort`.
@@ -98,10 +106,14 @@ class SharedMemory:
             os.close(descriptor)
         if not self._group:
             raise OSError(f"cannot map {path}")
+        self._closing = threading.Event()
+        self._living = threading.Thread(target=self._live, name="rank-alive", daemon=True)
+        self._living.start()
 
-    def set_deadline(self, seconds: float) -> None:
-        """How long others may be late; there is no limit until it is set."""
-        self._library.moray_set_deadline(self._group, int(seconds * 1e9))
+    def set_deadline(self, seconds: float, patience: float = PATIENCE) -> None:
+        """How long others may give no sign of life, and `patience` times that how late they may be at all; there is no
+        limit until it is set."""
+        self._library.moray_set_deadline(self._group, int(seconds * 1e9), int(seconds * patience * 1e9))
 
     def abort(self) -> None:
         """Ends what this process waits for, and all it would wait for later. From any thread."""
@@ -144,7 +156,13 @@ class SharedMemory:
 
     def close(self) -> None:
         """Unmaps the memory. Nothing may wait or be called any more."""
+        self._closing.set()
+        self._living.join()
         self._library.moray_leave(self._group)
+
+    def _live(self) -> None:
+        while not self._closing.wait(ALIVE_SECONDS):
+            self._library.moray_alive(self._group)
 
     def _check(self, fault: int) -> None:
         if fault > 0:

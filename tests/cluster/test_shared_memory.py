@@ -1,6 +1,7 @@
 """Collectives over shared memory, on real processes."""
 
 import os
+import signal
 import threading
 import time
 
@@ -133,6 +134,54 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     with pytest.raises(RankLost, match="rank 1 of 2 did not answer"):
         group.all_reduce(torch.ones(4))
     assert 0.2 <= time.monotonic() - begun < 1
+
+
+def late(rank: int, path: str, patience: float) -> float:
+    """Seconds that rank 0 waited for rank 1, which is late by five deadlines."""
+    group = SharedMemory(path, rank, 2)
+    group.barrier()
+    group.set_deadline(0.4, patience)
+    if rank:
+        time.sleep(2)
+    begun = time.monotonic()
+    try:
+        group.barrier()
+    except RankLost:
+        return -1
+    return time.monotonic() - begun
+
+
+def test_a_rank_that_computes_for_long_is_waited_for() -> None:
+    segment = Segment(2)
+    seconds, _ = on_ranks(2, late, segment.path, 30)
+    segment.close()
+    assert seconds > 1.5
+
+
+def test_a_rank_that_lives_but_does_not_come_is_given_up() -> None:
+    segment = Segment(2)
+    assert on_ranks(2, late, segment.path, 3)[0] == -1
+    segment.close()
+
+
+def freeze(rank: int, path: str) -> float:
+    group = SharedMemory(path, rank, 2)
+    group.barrier()
+    group.set_deadline(0.5)
+    if rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(RankLost, match="rank 1 of 2 did not answer"):
+        group.barrier()
+    return time.monotonic() - begun
+
+
+def test_a_frozen_rank_gives_no_sign_of_life() -> None:
+    segment = Segment(2)
+    ranks = Ranks([0, 1], freeze, segment.path)
+    assert 0.5 <= ranks.result(0) < 3
+    ranks.kill()
+    segment.close()
 
 
 def test_abort_ends_a_wait_at_once() -> None:
