@@ -61,6 +61,15 @@ class EngineConfig(_Config):
     wait_for_nodes: bool = False
     """Deploy even though no node has room for a rank now: an autoscaler will bring one."""
 
+    @model_validator(mode="after")
+    def _bundles_are_of_several(self) -> "EngineConfig":
+        if "bundle_per_rank" in self.model_fields_set and not self.bundles:
+            raise ValueError(
+                "bundle_per_rank has no effect on one rank (tensor_parallel_size and pipeline_parallel_size are 1); "
+                "remove it, and set ray_actor_options of the engine's deployment"
+            )
+        return self
+
     @property
     def bundles(self) -> list[dict[str, float]]:
         """One for each rank; none for a single rank, which is placed as its replica is."""

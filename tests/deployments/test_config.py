@@ -34,6 +34,10 @@ def test_hub_locations_stay() -> None:
         (args(engine={"block_size": -1}), r"models\[0\]\.engine\.block_size: .*greater than 0 \(is -1\)"),
         (args(experts={"copy": 2}), r"experts: unknown key 'copy'; did you mean 'copies'"),
         (args(experts={"copies": 0}), r"experts\.copies: .*greater than 0 \(is 0\)"),
+        (
+            args(engine={"bundle_per_rank": {"CPU": 4}}),
+            r"models\[0\]\.engine: bundle_per_rank has no effect on one rank .*ray_actor_options",
+        ),
         (args(id="a/b"), r"models\[0\]\.id"),
         ({"models": []}, "models"),
         ({"models": args()["models"] * 2}, "two models have the same id: m, m"),

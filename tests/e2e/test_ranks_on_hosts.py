@@ -35,11 +35,11 @@ def hosts_of_ranks(stack: HostStack) -> list[str]:
 @pytest.mark.timeout(400)
 def test_ranks_on_three_hosts_say_what_one_rank_says() -> None:
     with host_stack(num_hosts=3, num_cpus=2) as stack:
-        settings: dict[str, Any] = {"num_kv_tokens": 2048, "num_threads": 1, "bundle_per_rank": ONE_A_HOST}
+        settings: dict[str, Any] = {"num_kv_tokens": 2048, "num_threads": 1}
         stack.deploy(application(**settings))
         expected = complete(stack)
         assert "Paris" in expected
         for sizes in ({"tensor_parallel_size": 3}, {"pipeline_parallel_size": 3}):
-            stack.deploy(application(**settings, **sizes))
+            stack.deploy(application(**settings, **sizes, bundle_per_rank=ONE_A_HOST))
             assert complete(stack) == expected
             assert hosts_of_ranks(stack) == [host.address for host in stack.cluster.hosts]
