@@ -4,7 +4,7 @@ from ray.serve.exceptions import BackPressureError
 
 from deployments.engine.request import EngineStopping, ExpertsGone, QueueFull, RequestTooLong, StepFailed
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
-from deployments.front.replay import EngineLost
+from deployments.front.replay import EngineLeft, EngineLost
 
 
 def translated(error: Exception, model: str, engine: str) -> Exception:
@@ -21,7 +21,9 @@ def translated(error: Exception, model: str, engine: str) -> Exception:
         return QueueFull(0, 1.0)
     if isinstance(cause, ExpertsGone):
         return EngineUnavailable(f"Engine replica {engine}: {cause}")
-    if isinstance(cause, EngineStopping | StepFailed):
+    if isinstance(cause, EngineStopping):
+        return EngineLeft(f"Engine replica {engine}: {cause}")
+    if isinstance(cause, StepFailed):
         return EngineLost(f"Engine replica {engine}: {cause}")
     if cause is None:
         return EngineLost(f"Engine replica {engine} was lost ({type(error).__name__})")

@@ -23,16 +23,22 @@ CHECK_SECONDS = 0.1
 PROBE_SECONDS = 2.0
 SILENT = "fell silent"
 """The reason for suspicion that may prove wrong; others are told by Serve or by the engine itself."""
+STOPPING = "is stopping"
 
 
 @dataclass(eq=False)
 class Attempt:
-    """A request at an engine. load: see `placement.work`. begun: on the monotonic clock."""
+    """A request at an engine. load: see `placement.work`. begun: on the monotonic clock.
+
+    is_drained: Serve sends the engine no new requests, though nothing is wrong with it; Serve kills it when it has
+    not finished in time.
+    """
 
     engine: str
     load: int
     deltas: DeltaQueue
     begun: float = field(default_factory=time.monotonic)
+    is_drained: bool = False
 
 
 class Liveness:
@@ -67,11 +73,11 @@ class Liveness:
         return sum(attempt.load for attempt in self._attempts if attempt.engine == engine)
 
     @contextmanager
-    def watched(self, attempt: Attempt) -> Iterator[None]:
+    def watched(self, attempt: Attempt) -> Iterator[Attempt]:
         """Meanwhile the attempt's deltas fail with EngineLost when its engine is found dead or silent."""
         self._attempts.add(attempt)
         try:
-            yield
+            yield attempt
         finally:
             self._attempts.discard(attempt)
 
@@ -95,6 +101,7 @@ class Liveness:
         for attempt in self._attempts:
             silence = now - max(attempt.begun, self._mailbox.heard(attempt.engine))
             self._listen(attempt, silence)
+            attempt.is_drained |= is_drained(self._roster, attempt.engine)
             why = reason_to_leave(self._roster, attempt.engine, silence > self._patience)
             if why is not None:
                 attempt.deltas.fail(EngineLost(f"Engine replica {attempt.engine} {why}"))
@@ -119,6 +126,11 @@ class Liveness:
             await asyncio.sleep(CHECK_SECONDS)
         self._roster.suspects.pop(engine, None)
         del self._probing[engine]
+
+
+def is_drained(roster: Roster, engine: str) -> bool:
+    """Whether Serve or the engine itself has said that it stops, rather than anyone that it died."""
+    return roster.suspects.get(engine, "" if engine in roster.replicas else STOPPING) == STOPPING
 
 
 def reason_to_leave(roster: Roster, engine: str, is_hopeless: bool) -> str | None:

@@ -20,9 +20,9 @@ from deployments.engine.request import EngineRequest, EngineStopping, PromptImag
 from deployments.front import placement
 from deployments.front.call_errors import translated
 from deployments.front.engine_client import EngineUnavailable
-from deployments.front.liveness import Attempt, Liveness
+from deployments.front.liveness import STOPPING, Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
-from deployments.front.replay import EngineLost, Losses, Transcript
+from deployments.front.replay import EngineLeft, EngineLost, Losses, Transcript
 from deployments.front.roster import Roster
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class RemoteEngine:
                 return
             except EngineLost as lost:
                 logger.warning("%s: %s, after %d tokens", request_id, lost, transcript.num_tokens)
-                losses.add(str(lost), transcript.num_tokens)
+                losses.add(lost, transcript.num_tokens)
                 lost_at = engine
 
     async def is_healthy(self) -> bool:
@@ -92,7 +92,7 @@ class RemoteEngine:
             await asyncio.sleep(RETRY_SECONDS)
         if trusted == [lost_at]:
             # What made it lose the request may be over after a while.
-            await asyncio.sleep(RETRY_SECONDS * 4 ** len(losses.causes))
+            await asyncio.sleep(RETRY_SECONDS * 4**losses.num_fruitless)
         names = placement.prefixes(request.prompt, request.images) if len(trusted) > 1 else []
         candidates = [
             placement.Candidate(
@@ -110,13 +110,20 @@ class RemoteEngine:
     ) -> AsyncGenerator[TokenDelta, None]:
         """What is new of the request's deltas, as far as `engine` brings them. Raises EngineLost if it does not."""
         load = placement.work(request)
-        with self._mailbox.open(request.request_id) as deltas, self._liveness.watched(Attempt(engine, load, deltas)):
+        with (
+            self._mailbox.open(request.request_id) as deltas,
+            self._liveness.watched(Attempt(engine, load, deltas)) as attempt,
+        ):
             call = asyncio.ensure_future(self._call(request, engine, deltas))
             try:
                 while not transcript.is_finished:
                     delta = transcript.take(await deltas.get())
                     if delta is not None:
                         yield delta
+            except EngineLost as lost:
+                if attempt.is_drained:
+                    raise EngineLeft(str(lost)) from lost
+                raise
             finally:
                 if transcript.is_finished:
                     # The call ends by itself in a moment; nobody needs to wait for it.
@@ -138,7 +145,7 @@ class RemoteEngine:
             raise
         except Exception as error:
             if isinstance(getattr(error, "cause", None), EngineStopping):
-                self._liveness.suspect(engine, "is stopping")
+                self._liveness.suspect(engine, STOPPING)
             deltas.fail(translated(error, self._model, engine))
 
     async def _probe(self, engine: str) -> None:

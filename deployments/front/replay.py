@@ -14,11 +14,15 @@ from deployments.engine.request import TokenDelta
 from deployments.front.engine_client import EngineFailure
 
 MAX_FRUITLESS = 4
-"""Engines that may die in a row without giving a token before the request itself is under suspicion."""
+"""Engines that may die or fail in a row without giving a token before the request itself is under suspicion."""
 
 
 class EngineLost(Exception):
     """An attempt came to nothing, through no fault of the request: another engine may go on with it."""
+
+
+class EngineLeft(EngineLost):
+    """The same, of an engine that was scaled away or updated: that says nothing about the request."""
 
 
 class Transcript:
@@ -73,19 +77,23 @@ def _from(delta: TokenDelta, start: int) -> TokenDelta:
 
 @dataclass
 class Losses:
-    """The engines that a request lost in a row. num_tokens: those that had come before the last."""
+    """The engines that a request lost in a row. num_tokens: those that had come before the last. causes: why the last
+    ones were lost. num_fruitless: how many died or failed, rather than left.
+    """
 
     num_tokens: int = 0
     causes: list[str] = field(default_factory=list)
+    num_fruitless: int = 0
 
     def __str__(self) -> str:
         return f"{'; '.join(self.causes) or 'No engine takes requests'}. {self.num_tokens} tokens had come"
 
-    def add(self, cause: str, num_tokens: int) -> None:
-        """Raises EngineFailure when too many engines were lost without one more token."""
+    def add(self, lost: EngineLost, num_tokens: int) -> None:
+        """Raises EngineFailure when too many engines died or failed without one more token."""
         if num_tokens > self.num_tokens:
-            self.causes.clear()
+            self.causes, self.num_fruitless = [], 0
         self.num_tokens = num_tokens
-        self.causes.append(cause)
-        if len(self.causes) >= MAX_FRUITLESS:
-            raise EngineFailure(f"{self}, none from {len(self.causes)} engines in a row: the request may be at fault")
+        self.causes = [*self.causes, str(lost)][-MAX_FRUITLESS:]
+        self.num_fruitless += not isinstance(lost, EngineLeft)
+        if self.num_fruitless >= MAX_FRUITLESS:
+            raise EngineFailure(f"{self}, none from {self.num_fruitless} engines in a row: the request may be at fault")

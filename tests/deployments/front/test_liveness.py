@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from deployments.front.liveness import SILENT, Attempt, Liveness, reason_to_leave
+from deployments.front.liveness import SILENT, STOPPING, Attempt, Liveness, is_drained, reason_to_leave
 from deployments.front.mailbox import DeltaQueue, Mailbox
 from deployments.front.replay import EngineLost
 from deployments.front.roster import Roster
@@ -31,6 +31,25 @@ def test_reason_to_leave_a(replicas: str, suspects: dict[str, str], is_hopeless:
     roster.update(replicas)
     roster.suspects |= suspects
     assert reason_to_leave(roster, "a", is_hopeless) == (suspects["a"] if leaves else None)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "suspects", "drained"),
+    [
+        ("ab", {}, False),
+        ("b", {}, True),
+        ("b", {"a": "died"}, False),
+        ("b", {"a": SILENT}, False),
+        ("ab", {"a": STOPPING}, True),
+    ],
+)
+def test_an_engine_is_drained_if_it_leaves_without_a_suspicion(
+    replicas: str, suspects: dict[str, str], drained: bool
+) -> None:
+    roster = Roster()
+    roster.update(replicas)
+    roster.suspects |= suspects
+    assert is_drained(roster, "a") == drained
 
 
 class FaultyOnce(Roster):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -82,6 +83,8 @@ class Replica:
             raise self.then
         if self.then == "silence":
             await self.thaw.wait()
+            if isinstance(self.then, Exception):
+                raise self.then
 
     def _delta(self, request: EngineRequest, index: int, position: int) -> TokenDelta:
         finish = "length" if position + 1 == request.sampling.max_tokens else None
@@ -89,6 +92,8 @@ class Replica:
 
     async def check_health(self, _: None) -> None:
         self.probes += 1
+        if isinstance(getattr(self.then, "cause", None), EngineStopping):
+            raise self.then
         if self.then == "silence":
             await self.thaw.wait()
 
@@ -241,6 +246,34 @@ async def test_a_request_that_kills_every_engine_is_given_up(engines) -> None:
     with pytest.raises(EngineFailure, match="may be at fault"):
         await take(engine)
     assert sum(len(replica.requests) for replica in replicas) <= 4
+
+
+async def test_a_request_outlives_any_number_of_engines_that_stop(engines) -> None:
+    stopping = [Replica(name, 0, raised(EngineStopping("shutting down"))) for name in "abcdef"]
+    engine, roster = engines(*stopping)
+    engine._handle._replicas["last"] = Replica("last")
+    task = asyncio.create_task(take(engine))
+    async with asyncio.timeout(5):
+        while not all(replica.requests for replica in stopping):
+            await asyncio.sleep(0.01)
+    roster.update(["last"])
+    assert await task == expected()
+
+
+async def test_an_engine_that_serve_kills_while_it_drains_is_not_held_against_its_requests(engines) -> None:
+    replicas = [Replica(str(number), 0, "silence") for number in range(5)] + [Replica("last")]
+    engine, roster = engines(*replicas)
+    roster.update(["0"])
+    task = asyncio.create_task(take(engine))
+    for replica, following in pairwise(replicas):
+        async with asyncio.timeout(5):
+            while not replica.requests:
+                await asyncio.sleep(0.01)
+        roster.update([following.name])
+        await asyncio.sleep(0.25)
+        replica.then = ActorDiedError()
+        replica.thaw.set()
+    assert await task == expected()
 
 
 @pytest.mark.parametrize(("cause", "kind"), [(QueueFull(3, 1.0), QueueFull), (ValueError("broken"), EngineFailure)])

@@ -4,7 +4,7 @@ import pytest
 
 from deployments.engine.request import TokenDelta, TokenLogprobs
 from deployments.front.engine_client import EngineFailure
-from deployments.front.replay import MAX_FRUITLESS, EngineLost, Losses, Transcript
+from deployments.front.replay import MAX_FRUITLESS, EngineLeft, EngineLost, Losses, Transcript
 
 
 def delta(offset: int, tokens: list[int], finish: str | None = None, index: int = 0) -> TokenDelta:
@@ -48,15 +48,26 @@ def test_choices_are_apart_and_finished_ones_are_not_run_again():
 def test_a_request_that_engines_die_of_is_given_up_unless_tokens_come():
     losses = Losses()
     for number in range(10):
-        losses.add("Engine replica a died", number + 1)
+        losses.add(EngineLost("Engine replica a died"), number + 1)
     for _ in range(MAX_FRUITLESS - 2):
-        losses.add("Engine replica b died", 10)
+        losses.add(EngineLost("Engine replica b died"), 10)
     with pytest.raises(EngineFailure, match=r"a died; .*b died; .*c died\. 10 tokens had come, none from 4 engines"):
-        losses.add("Engine replica c died", 10)
+        losses.add(EngineLost("Engine replica c died"), 10)
+
+
+def test_engines_that_leave_are_not_held_against_a_request():
+    losses = Losses()
+    for _ in range(3 * MAX_FRUITLESS):
+        losses.add(EngineLeft("Engine replica a is stopping"), 0)
+    assert len(losses.causes) == MAX_FRUITLESS
+    for _ in range(MAX_FRUITLESS - 1):
+        losses.add(EngineLost("Engine replica b died"), 0)
+    with pytest.raises(EngineFailure, match="none from 4 engines"):
+        losses.add(EngineLost("Engine replica b died"), 0)
 
 
 def test_losses_tell_what_happened():
     losses = Losses()
     assert str(losses) == "No engine takes requests. 0 tokens had come"
-    losses.add("Engine replica a died", 3)
+    losses.add(EngineLost("Engine replica a died"), 3)
     assert str(losses) == "Engine replica a died. 3 tokens had come"
