@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model import load_hooks
 from model.args import ModelArgs, MoEArgs
 from model.layers import FeedForward
-from model.parallel import own_rows, split
+from model.parallel import model_parallel_rank, model_parallel_size, split
 
 
 class PendingExperts(Protocol):
@@ -121,14 +121,17 @@ def dispatch(
 ) -> Tensor:
     """Sends every token to its experts, and to the shared one while those are away; adds up what returns: [a, D].
 
-    Experts whose outputs are whole get each token from one tensor-parallel rank only; the sum over ranks that
-    follows is the same.
+    Experts whose outputs are whole get each pair from one tensor-parallel rank only; the sum over ranks that follows
+    is the same. The expert says which rank: the token's place in the batch would make bits depend on its company.
     """
-    rows = own_rows(x_aD.shape[0]) if computed_by.is_whole else slice(0, x_aD.shape[0])
-    tokens_k = torch.arange(rows.start, rows.stop, device=x_aD.device).repeat_interleave(args.top_k)
-    in_kD, weights_k1 = x_aD[tokens_k], weights[rows].reshape(-1, 1)
+    tokens_k = torch.arange(x_aD.shape[0], device=x_aD.device).repeat_interleave(args.top_k)
+    experts_k, weights_k1 = experts.flatten(), weights.reshape(-1, 1)
+    if computed_by.is_whole and (size := model_parallel_size()) > 1:
+        own = experts_k % size == model_parallel_rank()
+        tokens_k, experts_k, weights_k1 = tokens_k[own], experts_k[own], weights_k1[own]
+    in_kD = x_aD[tokens_k]
     scale_input = args.router == "sigmoid"
-    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts[rows].flatten())
+    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts_k)
     out_aD = torch.zeros_like(x_aD) if shared_expert is None else shared_expert(x_aD)
     out_kD = pending.wait()
     return out_aD.index_add(0, tokens_k, out_kD if scale_input else out_kD * weights_k1)

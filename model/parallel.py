@@ -69,12 +69,6 @@ def split(count: int, what: str) -> int:
     return count // size
 
 
-def own_rows(count: int) -> slice:
-    """This rank's part of `count` rows, when each row is one rank's work. Parts differ by one row at most."""
-    rank, size = initialize.get_model_parallel_rank(), model_parallel_size()
-    return slice(count * rank // size, count * (rank + 1) // size)
-
-
 def reduce(x: Tensor) -> Tensor:
     """Sum of x over the tensor-parallel ranks, in place; x itself where there is one. For serving: no gradients."""
     group = initialize.get_model_parallel_group()

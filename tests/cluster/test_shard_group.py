@@ -1,6 +1,7 @@
 """Groups of real processes compute what one process does: the same tokens, in every split."""
 
 import dataclasses
+import functools
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +12,18 @@ import psutil
 import pytest
 import torch
 
+from cluster.experts.weights import HeldExperts
 from cluster.frames import Frame, Kind, decode, encode
 from cluster.parallel import Layout, Rendezvous, World, backend, open_store
 from cluster.shard import Shard
 from cluster.shard_group import ShardGroup, follow
 from model import LLM, ModelArgs
 from model.args import MoEArgs, Size, VisionArgs
+from model.checkpoint import open_checkpoint
 from model.datatypes import PagedBatch
 from model.kernels import cpu
+from model.model import ExpertsOfLayer
+from model.moe import Ready
 from model.sampling import SamplingBatch
 from tests.cluster.ranks import on_ranks
 
@@ -167,6 +172,36 @@ def test_every_split_gives_the_tokens_of_one_process(models, alone, tensor, stag
         if expected_image is not None:
             error = (image.float() - expected_image.float()).abs().max() / expected_image.float().abs().max()
             assert error < (1e-5 if key[1] == "float32" else 0.05)
+
+
+class WholeExperts:
+    """Every expert whole on every rank, computed as on an expert server."""
+
+    is_whole = True
+
+    def __init__(self, held: HeldExperts, layer: int) -> None:
+        self.held, self.layer = held, layer
+
+    def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor) -> Ready:
+        rows = zip(x_kD, experts_k.tolist(), strict=True)
+        outputs = [self.held.compute(self.layer, [expert], [1], x[None]) for x, expert in rows]
+        return Ready(torch.cat(outputs) if outputs else x_kD)
+
+
+def whole_experts(path: str) -> ExpertsOfLayer:
+    checkpoint = open_checkpoint(path)
+    held = HeldExperts(checkpoint, torch.bfloat16)
+    for layer in filter(checkpoint.args.is_moe_layer, range(checkpoint.args.n_layers)):
+        for expert in range(4):
+            held.load((layer, expert))
+    return functools.partial(WholeExperts, held)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="needs a CPU with AVX512-BF16 and a C++ compiler")
+def test_bits_do_not_depend_on_company_where_ranks_share_whole_experts(models) -> None:
+    case = options(models["irope"], "bfloat16") | {"experts": functools.partial(whole_experts, models["irope"])}
+    ((_, _, _, _, alone_is_equal),) = run_group(2, 1, [case])
+    assert alone_is_equal
 
 
 @pytest.mark.skipif(not GGUF.exists(), reason="needs `make model`")
