@@ -73,26 +73,24 @@ class Following:
             try:
                 async with asyncio.timeout(TABLE_TIMEOUT_SECONDS):
                     table = await self._directory.next_table(epoch)
+                if table is not None and table.epoch != epoch:
+                    await self._adopt(table)
+                    epoch = table.epoch
                 failing = False
             except Exception as error:
                 if not failing:
                     logger.warning(
-                        "the directory does not answer, the last table stays: %s: %s", type(error).__name__, error
+                        "no table from the directory, the last one stays: %s: %s", type(error).__name__, error
                     )
                 failing = True
                 await asyncio.sleep(RETRY_SECONDS)
-                continue
-            if table is not None and table.epoch != epoch:
-                epoch = table.epoch
-                await self._adopt(table)
 
     async def _adopt(self, table: RoutingTable) -> None:
         """Hands the table over when its new servers have answered, or have had time to."""
         new = [server for server in table.servers if server.id not in self._addresses]
         self._addresses = {server.id: server for server in table.servers}
-        tasks = [self._begin(server.id) for server in new]
-        if tasks:
-            await asyncio.wait([task for task in tasks if task is not None], timeout=CONNECT_SECONDS)
+        if tasks := [task for server in new if (task := self._begin(server.id)) is not None]:
+            await asyncio.wait(tasks, timeout=CONNECT_SECONDS)
         self._hand_over(Update(table))
 
     def _begin(self, server: str) -> "asyncio.Task[None] | None":
