@@ -4,6 +4,7 @@ One thread reads, computes and answers. What a client sends that makes no sense 
 that client's connection; it never ends the server.
 """
 
+import itertools
 import logging
 import os
 import secrets
@@ -25,6 +26,12 @@ from cluster.streams import KEY_BYTES, Connection, Disconnected, Frame, Handshak
 logger = logging.getLogger(__name__)
 
 BACKLOG = 128
+HANDSHAKE_SECONDS = 2.0
+"""For a client to prove itself."""
+MAX_UNPROVED = 64
+"""Clients in their handshakes; when there are more, the oldest is hung up."""
+DEAF_SECONDS = 1.0
+"""For which nobody is accepted after that has failed, as it does when the process has no descriptors left."""
 
 
 class ExpertServer:
@@ -58,6 +65,9 @@ class ExpertServer:
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[int], None]] = {}
         self._clients: dict[int, socket.socket] = {}
+        self._unproved: dict[int, float] = {}
+        """Until when each may take for its handshake, oldest first."""
+        self._deaf_until: float | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="expert-server", daemon=True)
@@ -79,16 +89,16 @@ class ExpertServer:
     @torch.inference_mode()
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
-        self._watch(self._unix.fileno(), lambda _events: self._accept(self._unix))
-        self._watch(self._tcp.fileno(), lambda _events: self._accept(self._tcp))
+        self._listen()
         self._watch(self._wake, lambda _events: None)
         while not self._stopping:
-            events = self._epoll.poll()
-            self.waiting = len(events) - 1
+            events = self._epoll.poll(self._until_due())
+            self.waiting = max(len(events) - 1, 0)
             for fd, event in events:
                 ready = self._ready.get(fd)
                 if ready is not None:
                     ready(event)
+            self._do_due()
         self._epoll.close()
         for stream in (self._unix, self._tcp, *self._clients.values()):
             stream.close()
@@ -98,7 +108,34 @@ class ExpertServer:
         self._ready[fd] = ready
         self._epoll.register(fd, select.EPOLLIN)
 
+    def _listen(self) -> None:
+        self._deaf_until = None
+        self._watch(self._unix.fileno(), lambda _events: self._accept(self._unix))
+        self._watch(self._tcp.fileno(), lambda _events: self._accept(self._tcp))
+
+    def _be_deaf(self) -> None:
+        for listener in (self._unix, self._tcp):
+            del self._ready[listener.fileno()]
+            self._epoll.unregister(listener.fileno())
+        self._deaf_until = time.monotonic() + DEAF_SECONDS
+
+    def _until_due(self) -> float | None:
+        """Seconds to what `_do_due` has to do next; None when that is nothing."""
+        due = [*itertools.islice(self._unproved.values(), 1), *([] if self._deaf_until is None else [self._deaf_until])]
+        return max(min(due) - time.monotonic(), 0.0) if due else None
+
+    def _do_due(self) -> None:
+        if not self._unproved and self._deaf_until is None:
+            return
+        now = time.monotonic()
+        for fd in [fd for fd, until in self._unproved.items() if until <= now]:
+            logger.warning("a client was turned away: it did not prove itself in %.0f s", HANDSHAKE_SECONDS)
+            self._hang_up(fd)
+        if self._deaf_until is not None and self._deaf_until <= now:
+            self._listen()
+
     def _hang_up(self, fd: int) -> None:
+        self._unproved.pop(fd, None)
         del self._ready[fd]
         self._epoll.unregister(fd)
         self._clients.pop(fd).close()
@@ -106,8 +143,11 @@ class ExpertServer:
     def _accept(self, listener: socket.socket) -> None:
         try:
             stream, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # it is gone already
         except OSError as error:
             logger.warning("a client could not be accepted: %s", error)
+            self._be_deaf()
             return
         if stream.family == socket.AF_INET:
             tune(stream)
@@ -116,7 +156,10 @@ class ExpertServer:
         except OSError:
             stream.close()
             return
+        if len(self._unproved) >= MAX_UNPROVED:
+            self._hang_up(next(iter(self._unproved)))
         self._clients[stream.fileno()] = stream
+        self._unproved[stream.fileno()] = time.monotonic() + HANDSHAKE_SECONDS
         self._watch(stream.fileno(), lambda _events: self._greet(handshake))
 
     def _greet(self, handshake: Handshake) -> None:
@@ -128,6 +171,7 @@ class ExpertServer:
             logger.warning("a client was turned away: %s", error)
             self._hang_up(fd)
             return
+        del self._unproved[fd]
         connection = Connection(handshake.stream)
         self._ready[fd] = lambda events: self._serve(connection, events)
 
