@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -286,10 +285,7 @@ class ExpertClient:
                 self._lose(peer, str(error), pending)
 
     def _take(self, peer: _Peer, frame: Frame, pending: "PendingRows | None") -> None:
-        try:
-            answer = decode_answer(frame.header)
-        except msgspec.MsgspecError as error:
-            raise Disconnected(f"it sent what is no answer: {error}") from error
+        answer = decode_answer(frame.header)
         call = self._calls.get(answer.id)
         if peer.is_suspect:
             logger.info("expert server %s answers again", peer.id)

@@ -1,8 +1,12 @@
 """What clients and servers say to each other. Headers are msgpack; rows travel as the frame's payload."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
+
+from cluster.streams import Disconnected
+
+T = TypeVar("T")
 
 
 class Call(msgspec.Struct, array_like=True, tag="call"):
@@ -31,5 +35,22 @@ class Refusal(msgspec.Struct, array_like=True, tag="refusal"):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_call = msgspec.msgpack.Decoder(Call).decode
-decode_answer = msgspec.msgpack.Decoder(Reply | Refusal).decode
+_calls: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
+_answers: msgspec.msgpack.Decoder[Reply | Refusal] = msgspec.msgpack.Decoder(Reply | Refusal)
+
+
+def decode_call(header: bytes) -> Call:
+    """Raises Disconnected: nothing that follows would make sense either."""
+    return _decode(_calls, header, "call")
+
+
+def decode_answer(header: bytes) -> Reply | Refusal:
+    """Raises Disconnected, as `decode_call`."""
+    return _decode(_answers, header, "answer")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], header: bytes, what: str) -> T:
+    try:
+        return decoder.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Disconnected(f"it sent what is no {what}: {error}") from error

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-import msgspec
 import torch
 
 from cluster.experts.messages import Call, Refusal, Reply, decode_call, encode
@@ -190,10 +189,7 @@ class ExpertServer:
             self._hang_up(connection.fileno())
 
     def _answer(self, connection: Connection, frame: Frame) -> None:
-        try:
-            call = decode_call(frame.header)
-        except msgspec.MsgspecError as error:
-            raise Disconnected(f"it sent what is no call: {error}") from error
+        call = decode_call(frame.header)
         begun = time.perf_counter()
         try:
             out = self._experts.compute(call.layer, call.experts, call.counts, self._rows(call, frame))

@@ -110,7 +110,11 @@ def test_slow(start_cluster, moe_folder, tmp_path):
 
 
 NO_CALL = b"MRY1" + (4).to_bytes(4, "little") + bytes(8) + b"junk" + bytes(12)
-GARBAGE = {"http": b"GET / HTTP/1.1\r\n\r\n", "zeros": bytes(1000), "huge": b"MRY1" + b"\xff" * 12, "no-call": NO_CALL}
+NO_TEXT = b"MRY1" + (8).to_bytes(4, "little") + bytes(8) + b"\x96\xa2\xff\xff\1\1\1\1" + bytes(8)
+GARBAGE = {
+    "http": b"GET / HTTP/1.1\r\n\r\n", "zeros": bytes(1000), "huge": b"MRY1" + b"\xff" * 12,
+    "no-call": NO_CALL, "no-text": NO_TEXT,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("sent", GARBAGE.values(), ids=GARBAGE)
