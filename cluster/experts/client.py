@@ -376,8 +376,11 @@ class ExpertClient:
             return "no table from the directory yet"
         if missing := self._table.missing():
             return f"{len(missing)} experts are on no server yet"
-        silent = [server.id for server in self._table.servers if not self._peers[server.id].is_usable]
-        return f"no connection to expert server {', '.join(silent)}" if silent else ""
+        usable = [self._peers[server.id].is_usable for server in self._table.servers]
+        layers = self._table.layers.values()
+        unserved = sum(not any(usable[copy.server] for copy in copies) for experts in layers for copies in experts)
+        silent = [server.id for server, is_usable in zip(self._table.servers, usable, strict=True) if not is_usable]
+        return f"{unserved} experts are only on servers that do not answer: {', '.join(silent)}" if unserved else ""
 
 
 class RemoteExperts:
