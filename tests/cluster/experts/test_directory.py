@@ -74,6 +74,21 @@ def test_a_copy_is_named_only_when_it_is_there():
     assert set(map(tuple, world.copies_of().values())) == {("a", "b")}
 
 
+def test_heartbeats_leave_the_table_to_the_next_tick():
+    world = World()
+    world.add("a", "b")
+    world.lazy = {"a", "b"}
+    world.run(SETTLE_SECONDS + 2)
+    epoch, world.lazy = world.directory.table.epoch, set()
+    for _ in range(2):
+        for name in "ab":
+            world.beat(name)
+    assert world.directory.table.epoch == epoch
+    world.directory.tick()
+    assert world.directory.table.epoch == epoch + 1
+    assert set(map(tuple, world.copies_of().values())) == {("a", "b")}
+
+
 def test_a_silent_server_is_dropped_and_its_experts_are_held_twice_again():
     world = World()
     world.add(*"abcd")
