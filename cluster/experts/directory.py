@@ -90,6 +90,10 @@ class Directory:
             self._count(member, report.rows, now)
             self._is_outdated |= member.holds != report.holds
             member.seen, member.holds = now, report.holds
+            if all(
+                other.is_leaving for other in self._members.values()
+            ):  # nobody takes over: there is no point in waiting
+                return Assignment(frozenset(), frozenset(), self._epoch)
             if self._table is None:  # nothing is decided yet: keep what is there
                 return Assignment(report.holds, report.holds)
             return Assignment(member.hold, member.named, self._epoch)
@@ -230,9 +234,10 @@ class Directory:
             unit = (layer, expert)
             there = [column for column, member in enumerate(members) if unit in member.holds]
             meant = [column for column in there if unit in members[column].hold]
-            if len(meant) < self._copies:
-                meant += [column for column in there if column not in meant][: self._copies - len(meant)]
-            holds[expert, meant] = True
+            # What leaves is named only until those that are to hold the expert do, however few they are.
+            wanted = max(1, min(self._copies, sum(unit in member.hold for member in members)))
+            others = sorted(set(there) - set(meant), key=lambda column: (members[column].is_leaving, column))
+            holds[expert, meant + others[: max(0, wanted - len(meant))]] = True
         loads = np.maximum(self._certain(layer), 1e-3)
         parts: NDArray[np.float64] = share(loads, holds) / loads[:, None]
         return tuple(

@@ -118,6 +118,29 @@ def test_a_leaving_server_is_named_until_others_hold_what_it_held():
     assert not world.assignment.named
 
 
+def test_one_of_two_leaves_as_soon_as_the_other_holds_everything():
+    world = World()
+    world.add("a", "b")
+    world.run(SETTLE_SECONDS + 2)
+    world.leaving = {"a"}
+    world.run(2)
+    assert set(map(tuple, world.copies_of().values())) == {("b",)}
+    world.beat("a")
+    assert (world.assignment.hold, world.assignment.named) == (frozenset(), frozenset())
+
+
+def test_when_all_leave_nobody_waits():
+    for seconds in (SETTLE_SECONDS / 2, SETTLE_SECONDS + 2):
+        world = World()
+        world.add("a", "b")
+        world.run(seconds)
+        world.lazy = world.leaving = {"a", "b"}
+        world.run(1)
+        for name in "ab":
+            world.beat(name)
+            assert (world.assignment.hold, world.assignment.named) == (frozenset(), frozenset())
+
+
 def test_a_new_directory_learns_what_is_held_and_moves_nothing():
     world = World()
     world.add(*"abcd")
