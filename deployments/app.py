@@ -57,8 +57,10 @@ def _directory(model: ModelConfig) -> Application:
 
 
 def _experts(model: ModelConfig, directory: Application) -> Application:
+    assert model.experts is not None
     deployment: Any = serve.deployment(
         name=f"experts-{model.id}",
+        num_replicas=model.experts.copies,
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=60.0,
         ray_actor_options={"num_cpus": 1},

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from deployments.config import EngineConfig
+from deployments.config import EngineConfig, ExpertsConfig
 
 OURS = "deployments.app:build"
 DEFAULT_CPUS = {"front": 0.5, "directory": 0}
@@ -33,7 +33,9 @@ def check(config: ServeDeploySchema, available: Mapping[str, float]) -> None:
 def demands(config: ServeDeploySchema) -> dict[str, Counter[str]]:
     """What all replicas of each deployment ask for together, by deployment name."""
     return {
-        deployment.name: _demand(deployment, _bundles(application, deployment))
+        deployment.name: _demand(
+            deployment, _bundles(application, deployment), _default_replicas(application, deployment)
+        )
         for application in config.applications
         for deployment in [*application.deployments, *_unmentioned(application)]
     }
@@ -59,12 +61,22 @@ def _bundles(application: Any, deployment: DeploymentSchema) -> list[dict[str, f
     return EngineConfig.model_validate(engines.get(deployment.name, {})).bundles
 
 
-def _demand(deployment: DeploymentSchema, bundles: list[dict[str, float]]) -> Counter[str]:
+def _default_replicas(application: Any, deployment: DeploymentSchema) -> int:
+    """Where the YAML does not say: one, but a server for each copy of the experts."""
+    if application.import_path != OURS:
+        return 1
+    experts = {f"experts-{model.get('id')}": model.get("experts") for model in application.args.get("models", ())}
+    said = experts.get(deployment.name)
+    return 1 if said is None else ExpertsConfig.model_validate(said).copies
+
+
+def _demand(deployment: DeploymentSchema, bundles: list[dict[str, float]], default_replicas: int) -> Counter[str]:
     said = deployment.model_dump(exclude_unset=True)
     options = said.get("ray_actor_options") or {}
     replicas = said.get("num_replicas")
     if not isinstance(replicas, int):
-        replicas = (said.get("autoscaling_config") or {}).get("min_replicas", 1)
+        autoscaling = said.get("autoscaling_config")
+        replicas = default_replicas if autoscaling is None else autoscaling.get("min_replicas", 1)
     one = {
         "CPU": options.get("num_cpus", DEFAULT_CPUS.get(deployment.name.partition("-")[0], 1)),
         "GPU": options.get("num_gpus", 0),

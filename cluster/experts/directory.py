@@ -117,6 +117,11 @@ class Directory:
             self._is_dirty = False
         placed = {}
         if todo and staying:
+            if todo is self._layers and len(staying) < self._copies:
+                logger.warning(
+                    "%d expert servers cannot hold %d copies of each expert: a death will make steps wait",
+                    len(staying), self._copies,
+                )  # fmt: skip
             servers = self._servers(staying)
             placed = {layer: place(loads[layer], servers[layer], previous[layer], self._copies) for layer in todo}
         with self._lock:

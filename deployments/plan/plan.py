@@ -85,7 +85,7 @@ def _plan_model(model: ModelConfig, deployments: dict[str, dict[str, Any]], give
     layout = Layout(
         model.engine.tensor_parallel_size,
         model.engine.pipeline_parallel_size,
-        _replicas(experts) if model.experts is not None else None,
+        _replicas(experts, model.experts.copies) if model.experts is not None else None,
         model.experts.copies if model.experts is not None else 1,
         model.experts.memory if model.experts is not None else None,
     )
@@ -117,9 +117,10 @@ def _fill(resources: Resources, given: Given) -> int | None:
     return resources.fill(given.gpu_memory, given.host_memory)
 
 
-def _replicas(deployment: dict[str, Any]) -> int:
-    """Those that are always there."""
+def _replicas(deployment: dict[str, Any], default: int = 1) -> int:
+    """Those that are always there. default: where the YAML does not say."""
     replicas = deployment.get("num_replicas")
     if isinstance(replicas, int):
         return replicas
-    return int((deployment.get("autoscaling_config") or {}).get("min_replicas") or 1)
+    autoscaling = deployment.get("autoscaling_config")
+    return default if autoscaling is None else int(autoscaling.get("min_replicas") or 1)

@@ -1,8 +1,9 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments.app import placement
+from deployments.app import build, placement
 from deployments.config import ConfigError, ModelConfig
 
 
@@ -29,3 +30,9 @@ def test_ranks_that_fit_no_node_are_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match=message):
         placement(model(tensor_parallel_size=3), nodes)
     assert placement(model(tensor_parallel_size=3, wait_for_nodes=True), nodes)["placement_group_bundles"]
+
+
+def test_there_is_an_expert_server_for_each_copy(tmp_path: Path) -> None:
+    application: Any = build({"models": [{"id": "m", "path": str(tmp_path), "experts": {"copies": 3}}]})
+    _, _, experts, _ = application._bound_deployment.init_args
+    assert experts[0]._bound_deployment.num_replicas == 3

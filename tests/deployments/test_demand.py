@@ -57,3 +57,15 @@ def test_expert_servers_count_and_their_directory_needs_nothing() -> None:
     assert asked["experts-m"] == {"CPU": pytest.approx(0.4)}
     assert asked["engine-m"] == {"CPU": 1}
     assert not asked["directory-m"]
+
+
+def test_there_is_an_expert_server_for_each_copy_unless_the_yaml_says_otherwise() -> None:
+    def asked(experts: dict[str, int], *deployments: dict[str, object]) -> object:
+        models = [{"id": "m", "path": "x", "experts": experts}]
+        application = {"import_path": "deployments.app:build", "args": {"models": models}, "deployments": deployments}
+        return demands(ServeDeploySchema.model_validate({"applications": [application]}))["experts-m"]
+
+    assert asked({}) == {"CPU": 2}
+    assert asked({"copies": 3}) == {"CPU": 3}
+    assert asked({"copies": 3}, {"name": "experts-m", "ray_actor_options": {"num_cpus": 2}}) == {"CPU": 6}
+    assert asked({"copies": 3}, {"name": "experts-m", "autoscaling_config": {"min_replicas": 4}}) == {"CPU": 4}

@@ -63,6 +63,17 @@ def test_servers_that_start_together_share_from_the_start():
     assert {name: len(units) for name, units in world.holds.items()} == dict.fromkeys("abcd", 8)
 
 
+def test_too_few_servers_for_the_copies_are_told_of(caplog):
+    world = World(copies=3)
+    world.add("a", "b")
+    world.run(SETTLE_SECONDS + 2)
+    assert "2 expert servers cannot hold 3 copies of each expert" in caplog.text
+    world.add("c")
+    caplog.clear()
+    world.run(2)
+    assert "cannot hold" not in caplog.text
+
+
 def test_a_copy_is_named_only_when_it_is_there():
     world = World()
     world.add("a", "b")
