@@ -101,6 +101,8 @@ class ExpertClient:
         self._table: RoutingTable | None = None
         self._peers: dict[str, _Peer] = {}
         self._by_fd: dict[int, _Peer] = {}
+        self._unnamed: list[_Peer] = []
+        """No table names them any more, but calls under way there may still be answered."""
         self._turns: dict[int, list[Turn]] = {}
         self._calls: dict[int, _Call] = {}
         self._ids = itertools.count(1)
@@ -112,11 +114,19 @@ class ExpertClient:
         self._following.start()
 
     def close(self) -> None:
-        self._following.stop()
-        for peer in self._peers.values():
-            if peer.connection is not None:
-                peer.connection.close()
+        """Safe to call twice."""
+        if self._epoll.closed:
+            return
+        has_ended = self._following.stop()
+        if (update := self._following.take()) is not None:
+            for _, connection in update.connections:
+                connection.close()
+        for peer in list(self._by_fd.values()):
+            self._discard(peer)
         self._peers.clear()
+        self._epoll.close()
+        if has_ended:  # else it may still write to it
+            os.close(self._wake)
 
     def wait_until_ready(self, timeout: float) -> None:
         """Returns when every expert has a server that answers. Raises ExpertsNotReady after `timeout` seconds."""
@@ -213,6 +223,8 @@ class ExpertClient:
         finally:
             for call in pending.calls:
                 self._calls.pop(call, None)
+            if self._unnamed:
+                self._discard_unnamed()
 
     def _wait(self, pending: "PendingRows") -> None:
         begun = time.monotonic()
@@ -347,10 +359,8 @@ class ExpertClient:
         self._table = table
         named = {server.id for server in table.servers}
         for name in [name for name in self._peers if name not in named]:
-            peer = self._peers.pop(name)
-            # Calls under way there may still be answered; once they are, nothing refers to it any more.
-            if peer.connection is not None and not any(peer.id in call.tried for call in self._calls.values()):
-                self._discard(peer)
+            self._unnamed.append(self._peers.pop(name))
+        self._discard_unnamed()
         for name in named:
             self._peers.setdefault(name, _Peer(name))
 
@@ -363,8 +373,16 @@ class ExpertClient:
         self._by_fd[connection.fileno()] = peer
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
+    def _discard_unnamed(self) -> None:
+        asked = {server for call in self._calls.values() for server in call.tried}
+        for peer in self._unnamed:
+            if peer.id not in asked:
+                self._discard(peer)
+        self._unnamed = [peer for peer in self._unnamed if peer.id in asked]
+
     def _discard(self, peer: _Peer) -> None:
-        assert peer.connection is not None
+        if peer.connection is None:
+            return
         self._epoll.unregister(peer.connection.fileno())
         del self._by_fd[peer.connection.fileno()]
         peer.connection.close()

@@ -42,10 +42,12 @@ class Following:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        if self._loop is not None and self._stopped is not None:
+    def stop(self) -> bool:
+        """Whether the thread has ended, and writes to `wake` no more."""
+        if self._loop is not None and self._stopped is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopped.set)
             self._thread.join(5)
+        return not self._thread.is_alive()
 
     def take(self) -> Update | None:
         """What has changed since the last call. Costs nothing when nothing has."""

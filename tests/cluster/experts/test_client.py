@@ -1,6 +1,8 @@
 """What a client takes from tables: when it is ready, which connections it keeps."""
 
 import asyncio
+import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -67,3 +69,31 @@ def test_not_ready_while_an_expert_has_none(server, client_of):
     table = RoutingTable(1, (server.address, NOBODY), {1: (ON_FIRST, ON_SECOND)})
     with pytest.raises(ExpertsNotReady, match="1 experts are only on servers that do not answer: nobody"):
         client_of(OneTable(table)).wait_until_ready(2)
+
+
+def test_a_server_that_is_dropped_in_mid_call_is_disconnected_after_it(server, client_of):
+    directory = OneTable(RoutingTable(1, (server.address,), {1: (ON_FIRST,)}))
+    client = client_of(directory)
+    client.wait_until_ready(5)
+    pending = client.layer(1).submit(torch.ones(2, 96), torch.zeros(2, dtype=torch.int64))
+    directory.table = RoutingTable(2, (NOBODY,), {1: (ON_FIRST,)})
+    deadline = time.monotonic() + 5
+    while client.table.epoch < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        client._adopt()
+    assert len(client._by_fd) == 1
+    assert pending.wait().shape == (2, 96)
+    assert not client._by_fd
+
+
+def test_closing_leaves_no_descriptor(server, client_of):
+    before = len(os.listdir("/proc/self/fd"))
+    client = client_of(OneTable(RoutingTable(1, (server.address,), {1: (ON_FIRST,)})))
+    client.wait_until_ready(5)
+    client.close()
+    client.close()
+    deadline = time.monotonic() + 5
+    while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+        time.sleep(0.05)  # the server's end
+    assert len(os.listdir("/proc/self/fd")) == before
