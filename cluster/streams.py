@@ -186,12 +186,13 @@ class Handshake:
 def connect(endpoint: str, key: bytes, timeout: float) -> Connection:
     """To `unix:NAME` or `tcp:HOST:PORT`. Waits at most `timeout` seconds for each answer.
 
-    Raises Disconnected when nobody answers in time, or whoever does has another key.
+    Raises Disconnected when nobody answers in time, whoever does has another key, or no descriptor is left.
     """
     kind, _, place = endpoint.partition(":")
-    stream = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
-    stream.settimeout(timeout)
+    stream: socket.socket | None = None
     try:
+        stream = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
+        stream.settimeout(timeout)
         if kind == "unix":
             stream.connect(f"\0{place}")
         else:
@@ -204,7 +205,8 @@ def connect(endpoint: str, key: bytes, timeout: float) -> Connection:
         if not hmac.compare_digest(_receive_exactly(stream, _MAC_BYTES), _prove(key, b"listens", theirs, ours)):
             raise Disconnected("the other end does not know the key")
     except (OSError, Disconnected) as error:
-        stream.close()
+        if stream is not None:
+            stream.close()
         raise Disconnected(f"{endpoint}: {error}") from error
     return Connection(stream)
 

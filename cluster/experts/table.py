@@ -32,7 +32,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """layers: layer -> the copies of each of its experts. A later table has a larger epoch."""
+    """layers: layer -> the copies of each of its experts. A directory's later table has a larger epoch."""
 
     epoch: int
     servers: tuple[ServerAddress, ...]
@@ -78,5 +78,5 @@ class DirectoryClient(Protocol):
     async def report(self, report: Report) -> Assignment: ...
 
     async def next_table(self, epoch: int) -> RoutingTable | None:
-        """The table as soon as it is later than `epoch`; None when that takes long: ask again."""
+        """The table as soon as it is another than that of `epoch`; None when that takes long: ask again."""
         ...

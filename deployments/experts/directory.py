@@ -45,10 +45,13 @@ class ExpertDirectory:
         return assignment
 
     async def next_table(self, epoch: int) -> RoutingTable | None:
-        """The table once it is later than `epoch`, or None after a while."""
+        """The table once it is another than that of `epoch`, or None after a while.
+
+        After a restart on a host whose clock is behind, another is not a later one.
+        """
         self._keep_ticking()
         deadline = asyncio.get_running_loop().time() + LONG_POLL_SECONDS
-        while (table := self._directory.table) is None or table.epoch <= epoch:
+        while (table := self._directory.table) is None or table.epoch == epoch:
             published = self._published
             try:
                 async with asyncio.timeout_at(deadline):

@@ -1,5 +1,7 @@
 """Frames arrive whole and in order, whatever the pieces they come in; what is no frame ends the connection."""
 
+import os
+import resource
 import socket
 import threading
 from contextlib import closing
@@ -118,3 +120,15 @@ def test_nobody_there_is_an_error_in_time():
         connect("unix:nowhere", bytes(32), 0.2)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent, pytest.raises(Disconnected, match="timed out"):
         connect(f"tcp:127.0.0.1:{silent.getsockname()[1]}", bytes(32), 0.2)
+
+
+def test_to_have_no_descriptor_left_is_to_be_disconnected():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    try:
+        with pytest.raises(Disconnected, match="Too many open files"):
+            connect("unix:moray-nobody-listens", bytes(32), 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

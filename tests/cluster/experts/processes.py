@@ -51,7 +51,7 @@ class ManagedDirectory:
     async def next_table(self, epoch: int) -> RoutingTable | None:
         for _ in range(50):
             table = await asyncio.to_thread(self.call, "get_table")
-            if table is not None and table.epoch > epoch:
+            if table is not None and table.epoch != epoch:
                 return table
             await asyncio.sleep(0.02)
         return None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.experts.table import Report, ServerAddress
 from deployments.config import ExpertsConfig, ModelConfig, read
 from deployments.engine.deployment import Engine
 from deployments.engine.request import EngineRequest, ExpertsGone, SamplingParams
@@ -125,6 +126,17 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
         await complete(engine, mailbox, "without")
     engine.stop()
     mailbox.close()
+
+
+async def test_a_table_with_a_smaller_epoch_is_taken_too(config: ModelConfig) -> None:
+    """As after a restart of the directory on a host whose clock is behind."""
+    directory = ExpertDirectory(config)
+    await directory.report(Report(ServerAddress("a", "here", "unix:", "tcp:", b""), frozenset(), {}))
+    table = await asyncio.wait_for(directory.next_table(0), 10)
+    assert table is not None
+    assert await asyncio.wait_for(directory.next_table(table.epoch + 1000), 1) == table
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(directory.next_table(table.epoch), 0.5)
 
 
 async def test_a_model_without_experts_is_refused(tmp_path: Any) -> None:
