@@ -57,6 +57,11 @@ def test_experts_are_shared_out_over_their_servers_layer_by_layer(tmp_path: Path
     assert without.needs.ranks[0].weights - planned.needs.ranks[0].weights == 32 * EXPERT
 
 
+def test_without_a_deployment_there_is_a_server_for_each_copy(tmp_path: Path) -> None:
+    [planned] = plan(serve_yaml(tmp_path, experts={"copies": 3}), Given())
+    assert planned.layout.servers == 3
+
+
 def test_too_little_memory_names_the_server_and_how_many_would_do(tmp_path: Path) -> None:
     path = serve_yaml(tmp_path, with_experts(2, memory=20 * EXPERT), experts={"copies": 2})
     [fault] = faults(path, headroom=0.0)
