@@ -57,7 +57,7 @@ class EngineConfig(_Config):
     """Ray resources of each rank, when there are several; one bundle of the replica's placement group."""
     rank_timeout_s: float = Field(default=10.0, gt=0)
     """A rank that gives no sign of life for so long is taken for dead, and its replica is replaced. Between hosts one
-    that computes gives none: there it must be more than the longest step takes."""
+    that computes gives none: there it must be more than the longest step takes, waits for experts included."""
     wait_for_nodes: bool = False
     """Deploy even though no node has room for a rank now: an autoscaler will bring one."""
 
