@@ -35,13 +35,14 @@ stop: setup  ## end what `make serve` started
 plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (ARGS="--gpu-memory 80GB")
 	@$(BIN)/python -m deployments.plan $(CONFIG) $(ARGS)
 
-SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_ranks_on_hosts.py tests/examples/test_smollm2_moe.py
+SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_ranks_on_hosts.py tests/examples/test_smollm2_moe.py \
+	tests/cluster/experts/test_failures.py
 
 test: setup-dev model $(MOE)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(SLOW_TESTS)) $(TESTS)
+	$(BIN)/python -m pytest -q --durations=15 $(addprefix --ignore=,$(SLOW_TESTS)) $(TESTS)
 
-test-slow: setup-dev model $(MOE)  ## the slow tests (6 minutes)
-	$(BIN)/python -m pytest -q $(SLOW_TESTS)
+test-slow: setup-dev model $(MOE)  ## the slow tests
+	$(BIN)/python -m pytest -q --durations=15 $(SLOW_TESTS)
 
 check: setup-dev  ## lint, types, direction of imports
 	$(BIN)/ruff check .

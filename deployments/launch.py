@@ -188,7 +188,8 @@ class Launch:
         if models:
             print(f"To change it in place: RAY_AUTH_MODE=token serve deploy -a http://{LOOPBACK}:{dashboard} FILE.yaml")
             print("Ctrl-C, or `make stop` in another shell, ends it. Try:")
-            body = f'{{"model": "{models[0]}", "messages": [{{"role": "user", "content": "Name three oceans."}}]}}'
+            message = '{"role": "user", "content": "Name three oceans."}'
+            body = f'{{"model": "{models[0]}", "max_tokens": 100, "messages": [{message}]}}'
             print(f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
     def _say(self, message: str) -> None:

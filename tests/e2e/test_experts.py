@@ -42,7 +42,7 @@ async def test_a_death_and_a_freeze_cost_nothing(stack: Stack) -> None:
     assert report["longest_ms"] < report["calm_p99_ms"] + 1000  # 300 on a quiet machine: `make soak-experts`
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 async def test_their_number_changes_under_load(stack: Stack, tmp_path: Path) -> None:
     """2 -> 6 -> 3 by `serve deploy`."""
     target = Target(stack, MODEL)
@@ -73,7 +73,7 @@ def deploy(stack: Stack, path: Path, num_servers: int) -> None:
 
 
 def wait_for_servers(target: Target, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # four new processes import torch beside the load
     while target.num_servers() != count or target.fewest_copies() < 2:
         assert time.monotonic() < deadline, f"not {count} servers with two copies of everything"
         time.sleep(1)
