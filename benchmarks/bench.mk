@@ -7,7 +7,7 @@ bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vL
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
 bench-client: .venv-peers/.installed $(HF_FOLDER)/config.json  ## `vllm bench serve`, unchanged, against a running `make serve`
-	HF_HUB_OFFLINE=1 .venv-peers/bin/python benchmarks/vllm_bench_serve.py --backend openai-chat --endpoint /v1/chat/completions \
+	HF_HUB_OFFLINE=1 .venv-peers/bin/python benchmarks/vllm_bench.py --backend openai-chat --endpoint /v1/chat/completions \
 		--base-url http://127.0.0.1:8000 --model SmolLM2-135M-Instruct --tokenizer $(HF_FOLDER) --dataset-name random \
 		--random-input-len 100 --random-output-len 128 --num-prompts 64 --max-concurrency 32 --ignore-eos $(ARGS)
 
