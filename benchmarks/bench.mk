@@ -1,8 +1,9 @@
 # Measurements. Included by the Makefile; needs $(GGUF)'s folder `models/` filled and `.venv` with the dev extra.
 
 HF_FOLDER := models/hf/SmolLM2-135M-Instruct
+RANDOM_LLAMA := models/hf/random-llama
 
-.PHONY: bench-peers bench-client bench-tp bench-moe bench-experts bench-cluster soak-experts quality
+.PHONY: bench-peers bench-client bench-tp bench-tp-peers bench-moe bench-experts bench-cluster soak-experts quality
 bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
@@ -14,6 +15,10 @@ bench-client: .venv-peers/.installed $(HF_FOLDER)/config.json  ## `vllm bench se
 bench-tp: setup-dev  ## Two tensor-parallel ranks of one thread beside one rank of two threads
 	.venv/bin/python -m benchmarks.tensor_parallel $(ARGS)
 
+bench-tp-peers: .venv-peers/.installed $(RANDOM_LLAMA)/config.json  ## Two ranks of Moray beside two of vLLM, on a random Llama
+	.venv/bin/python -m benchmarks.peers --weights $(RANDOM_LLAMA) --model random-llama \
+		--config benchmarks/tensor-parallel.yaml --vllm-tensor-parallel-size 2 $(ARGS)
+
 bench-moe: setup-dev  ## Experts that compute their own tokens only, against all experts for all tokens (16 experts, 256 tokens)
 	.venv/bin/python -m benchmarks.moe $(ARGS)
 
@@ -23,7 +28,7 @@ quality: setup-dev model  ## Perplexity and agreement with transformers, fp32 an
 bench-experts: setup-dev $(MOE)  ## Decode steps with experts on servers beside local ones
 	.venv/bin/python -m benchmarks.experts $(ARGS)
 
-bench-cluster: bench-tp bench-experts  ## Both: what it costs to spread a model over processes
+bench-cluster: bench-tp bench-tp-peers bench-experts  ## All three: what it costs to spread a model over processes
 
 soak-experts: setup-dev $(MOE)  ## Kill an expert server every 20 s under load, for 3 minutes
 	.venv/bin/python -m benchmarks.soak_experts $(ARGS)
@@ -37,3 +42,6 @@ soak-experts: setup-dev $(MOE)  ## Kill an expert server every 20 s under load, 
 
 $(HF_FOLDER)/config.json: models/SmolLM2-135M-Instruct.Q4_1.gguf
 	.venv/bin/python -m benchmarks.export $< $(HF_FOLDER)
+
+$(RANDOM_LLAMA)/config.json: $(HF_FOLDER)/config.json
+	.venv/bin/python -m benchmarks.random_llama $(RANDOM_LLAMA) --tokenizer $(HF_FOLDER)

@@ -25,24 +25,28 @@ MODEL = "SmolLM2-135M-Instruct"
 VLLM_PORT = 8191
 
 
-def vllm(weights: Path) -> Launch:
+def vllm(weights: Path, model: str, ranks: int) -> Launch:
     """vLLM at the best settings known for a small CPU machine.
 
-    No core reserved for its front, and Intel's OpenMP preloaded, as its documentation asks for.
+    No core reserved for its front, the others dealt to the ranks, and Intel's OpenMP preloaded, as its
+    documentation asks for.
     """
     python = ROOT / ".venv-peers/bin/python"
     server = ["-m", "vllm.entrypoints.openai.api_server", "--dtype", "bfloat16", "--host", "127.0.0.1"]
-    cpus = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
+    cpus = sorted(os.sched_getaffinity(0))
+    of_rank = [
+        ",".join(map(str, cpus[len(cpus) * rank // ranks : len(cpus) * (rank + 1) // ranks])) for rank in range(ranks)
+    ]
     return Launch(
         name="vllm",
-        model=MODEL,
+        model=model,
         base_url=f"http://127.0.0.1:{VLLM_PORT}",
         command=(
             *(str(python), *server, "--model", str(weights)),
-            *("--served-model-name", MODEL, "--port", str(VLLM_PORT)),
+            *("--served-model-name", model, "--port", str(VLLM_PORT), "--tensor-parallel-size", str(ranks)),
         ),
         environment={
-            "VLLM_CPU_OMP_THREADS_BIND": cpus,
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(of_rank),
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "HF_HUB_OFFLINE": "1",
             "LD_PRELOAD": str(ROOT / ".venv-peers/lib/libiomp5.so"),
@@ -129,10 +133,14 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where that YAML listens")
     parser.add_argument("--model", default=MODEL, help="model id in that YAML")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the same weights as a Hugging Face folder")
+    parser.add_argument(
+        "--vllm-tensor-parallel-size", type=int, default=1, help="vLLM's ranks; Moray's are in its YAML"
+    )
     parser.add_argument("--logs", type=Path, default=ROOT / ".run", help="folder for the servers' logs")
     args = parser.parse_args()
 
-    launches = [vllm(args.weights.absolute()), moray(args.config, args.base_url, args.model)]
+    ranks = args.vllm_tensor_parallel_size
+    launches = [vllm(args.weights.absolute(), args.model, ranks), moray(args.config, args.base_url, args.model)]
     launches = [launch for launch in launches if args.only in (None, launch.name)]
     source = PromptSource(args.weights / "tokenizer.json")
     args.logs.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,11 @@ The machine's own compiler does it, into the user's cache folder (`MORAY_CACHE`,
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
@@ -38,9 +38,12 @@ def _compiled(source: Path, flags: list[str]) -> Path:
     target = folder / f"{source.stem}-{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Processes that start together each build; the rename makes the last one win whole.
-        handle, building = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(handle)
-        subprocess.run([compiler, *flags, "-o", building, str(source)], check=True, capture_output=True, text=True)
-        os.replace(building, target)
+        with (folder / f"{target.stem}.lock").open("w") as lock:
+            # Of processes that start together one builds and the others wait; the kernel frees a dead one's lock.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                building = target.with_suffix(".building")
+                command = [compiler, *flags, "-o", str(building), str(source)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                os.replace(building, target)
     return target
