@@ -38,7 +38,7 @@ class Decoding:
     def __init__(self, shard: Shard, sequences: int, context: int) -> None:
         self._shard, self._sequences, self._length = shard, sequences, context
         blocks = -(-2 * context // BLOCK)
-        self._tables = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+        self._tables = torch.arange(sequences * blocks, dtype=torch.int32).view(1, sequences, blocks)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, shard.args.vocab_size, (sequences, context), generator=generator)
         self.tokens = torch.stack([self._prefill(row, prompt) for row, prompt in enumerate(prompts)])
@@ -47,7 +47,7 @@ class Decoding:
         length = len(prompt)
         batch = PagedBatch(
             prompt, torch.arange(length), torch.tensor([0, length], dtype=torch.int32),
-            torch.tensor([length], dtype=torch.int32), self._tables[row : row + 1].contiguous(),
+            torch.tensor([length], dtype=torch.int32), self._tables[:, row : row + 1],
             torch.tensor([length - 1]), 0,
         )  # fmt: skip
         return self._shard.logits(batch)[0].argmax()

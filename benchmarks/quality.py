@@ -59,7 +59,7 @@ def shard_logits(dtype: str, window: int) -> Logits:
     shard = Shard(
         path=str(GGUF), dtype=dtype, block_size=BLOCK_SIZE, max_num_seqs=1, max_model_len=window, kv_cache_memory=2**28
     )
-    blocks = torch.arange(-(-window // BLOCK_SIZE), dtype=torch.int32).unsqueeze(0)
+    blocks = torch.arange(-(-window // BLOCK_SIZE), dtype=torch.int32).view(1, 1, -1)
 
     def logits(tokens: Tensor) -> Tensor:
         length = len(tokens)

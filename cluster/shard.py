@@ -20,6 +20,7 @@ from model.checkpoint import open_checkpoint
 from model.checkpoint.slices import check_world_size
 from model.datatypes import PagedBatch
 from model.kv_cache import PagedCache
+from model.kv_groups import BlockNeeds, kv_groups, layers_of_all_stages, layers_per_block
 from model.model import ExpertsOfLayer
 from model.packed import PackedCache, can_pack, pack
 from model.parallel import ensure_model_parallel, least, model_parallel_rank, model_parallel_size, stage
@@ -35,6 +36,7 @@ class Shard:
     kv_cache_memory: bytes for keys and values, over all ranks together; None takes `kv_cache_memory_share`
     of the memory that is free once the weights are loaded, and no more than `max_num_seqs` whole
     sequences need.
+    max_num_batched_tokens: most tokens of a step, which chunked layers keep beside a chunk; None is a whole sequence.
     num_threads: torch's; None takes this rank's share of the CPUs that this process may run on.
     ranks_on_host: how many share the memory and the CPUs.
     experts: called once, in the process that computes: who computes the routed experts of each layer;
@@ -51,6 +53,7 @@ class Shard:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int | None = None,
+        max_num_batched_tokens: int | None = None,
         kv_cache_memory: int | None = None,
         kv_cache_memory_share: float = 0.25,
         num_threads: int | None = None,
@@ -77,25 +80,17 @@ class Shard:
             "AVX512-BF16 kernels" if packed else "plain torch", torch.get_num_threads(),
         )  # fmt: skip
 
-        self.block_size = block_size
-        blocks_per_sequence = -(-self.max_model_len // block_size)
-        if kv_cache_memory is None:
-            budget = int(psutil.virtual_memory().available * kv_cache_memory_share) // ranks_on_host
-            held = min(budget // self._block_bytes(own=True), max_num_seqs * blocks_per_sequence)
-        else:
-            held = kv_cache_memory // self._block_bytes(own=False)
-        self.num_blocks = least(held)
-        if self.num_blocks < blocks_per_sequence:
-            raise ValueError(
-                f"kv_cache_memory holds {self.num_blocks * block_size} tokens, fewer than "
-                f"max_model_len ({self.max_model_len}): give it at least "
-                f"{blocks_per_sequence * self._block_bytes(own=False) / 2**20:.0f} MiB, or lower max_model_len"
-            )
+        self.block_size, self._groups = block_size, kv_groups(self.args)
+        self.kv_chunks = tuple(group.chunk for group in self._groups)
+        needs = BlockNeeds(self.kv_chunks, block_size, max_num_batched_tokens or self.max_model_len)
+        self.num_blocks = self._count_blocks(needs, max_num_seqs, kv_cache_memory, kv_cache_memory_share, ranks_on_host)
+        self.num_kv_tokens = needs.fitting(self.num_blocks)
         kind = PackedCache if packed else PagedCache
         self._cache = kind(self.args, self._kv_heads, self.num_blocks, block_size, self.dtype, self._layers)
         logger.info(
-            "KV cache: %d tokens in %d blocks, %.0f MiB of them here",
-            self.num_blocks * block_size, self.num_blocks, self.num_blocks * self._block_bytes(own=True) / 2**20,
+            "KV cache: %d tokens in %d blocks, %.1f sequences of max_model_len (%d), %.0f MiB of them here",
+            self.num_kv_tokens, self.num_blocks, self.num_blocks / needs.held(self.max_model_len), self.max_model_len,
+            self.num_blocks * self._block_bytes(own=True) / 2**20,
         )  # fmt: skip
         self._warm_up()
 
@@ -129,10 +124,31 @@ class Shard:
     def _layers(self) -> range:
         return stage().layers(self.args.n_layers)
 
+    def _count_blocks(
+        self, needs: BlockNeeds, max_num_seqs: int, memory: int | None, share: float, ranks_on_host: int
+    ) -> int:
+        whole = needs.held(self.max_model_len)
+        if memory is None:
+            budget = int(psutil.virtual_memory().available * share) // ranks_on_host
+            held = min(budget // self._block_bytes(own=True), max_num_seqs * whole)
+        else:
+            held = memory // self._block_bytes(own=False)
+        held = least(held)
+        if held < whole:
+            raise ValueError(
+                f"kv_cache_memory holds {needs.longest(held)} tokens of one sequence, fewer than "
+                f"max_model_len ({self.max_model_len}): give it at least "
+                f"{whole * self._block_bytes(own=False) / 2**20:.0f} MiB, or lower max_model_len"
+            )
+        return held
+
     def _block_bytes(self, *, own: bool) -> int:
         """Memory of a block on this rank, or on all together."""
-        kv_heads, layers = (self._kv_heads, self._layers) if own else (self.args.kv_heads, None)
-        return PagedCache.bytes_per_block(self.args, kv_heads, self.block_size, self.dtype, layers)
+        if own:
+            kv_heads, depth = self._kv_heads, layers_per_block(self._groups, self._layers)
+        else:
+            kv_heads, depth = self.args.kv_heads, layers_of_all_stages(self.args, stage().count)
+        return PagedCache.bytes_per_block(self.args, kv_heads, self.block_size, self.dtype, depth)
 
     def _warm_up(self) -> None:
         """Touches every weight once, so that the first request does not pay for it."""
@@ -146,7 +162,7 @@ class Shard:
                 positions=torch.arange(length),
                 query_starts=torch.tensor([0, length], dtype=torch.int32),
                 context_lens=torch.tensor([length], dtype=torch.int32),
-                block_tables=torch.zeros(1, 1, dtype=torch.int32),
+                block_tables=torch.zeros(len(self.kv_chunks), 1, 1, dtype=torch.int32),
                 logit_rows=torch.tensor([length - 1]),
                 num_decodes=0,
             )

@@ -63,6 +63,7 @@ class ShardGroup:
             raise RankLost(self._reason or str(error)) from error
         self._world.set_deadline(self._rank_timeout_s)
         self.args, self.num_blocks = self._shard.args, self._shard.num_blocks
+        self.kv_chunks, self.num_kv_tokens = self._shard.kv_chunks, self._shard.num_kv_tokens
         self.max_model_len = self._shard.max_model_len
         with self._losing:
             if self._reason:

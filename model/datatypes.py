@@ -49,7 +49,8 @@ class PagedBatch:
     tokens, positions: int64 [num_tokens].
     query_starts: int32 [num_sequences + 1].
     context_lens: int32 [num_sequences], tokens with a key after this step, this step's included.
-    block_tables: int32 [num_sequences, max_blocks], unused entries 0.
+    block_tables: int32 [num_groups, num_sequences, max_blocks], a table for each of the model's KV groups
+      (model/kv_groups.py). Entries after the end, and of blocks that chunked layers no longer see, are never followed.
     logit_rows: int64 [num_rows], which tokens need logits.
     image_rows: int64 [num_image_tokens], which tokens are of images; None when none is.
     image_embeddings: [num_image_tokens, dim], what stands in their place: rows of `LLM.embed_tiles`.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.args import ModelArgs
 from model.datatypes import PagedBatch
+from model.kv_groups import kv_groups, layers_per_block
 
 
 class KeyValues(Protocol):
@@ -30,9 +31,9 @@ class KeyValues(Protocol):
 def visible(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
     """Which keys each query sees: those not after it, of the same chunk.
 
-    queries: positions [..., q]; keys: positions [k] -> bool [..., q, k].
+    queries: positions [..., q]; keys: positions [k] or [..., k] -> bool [..., q, k].
     """
-    queries = queries.unsqueeze(-1)
+    queries, keys = queries.unsqueeze(-1), keys.unsqueeze(-2)
     seen = keys <= queries
     return seen if chunk is None else seen & (keys // chunk == queries // chunk)
 
@@ -109,7 +110,9 @@ class ContiguousStep:
 class PagedCache:
     """Blocks of `block_size` tokens for many sequences; which block is whose is the scheduler's business.
 
-    This is the plain torch form, any dtype; `model.packed.PackedCache` is the fast one.
+    A block is of one KV group (model/kv_groups.py) at a time: `places` tells of each layer its group, whose
+    block table leads to its keys, and which of a block's layers it is. This is the plain torch form, any
+    dtype; `model.packed.PackedCache` is the fast one.
     """
 
     def __init__(
@@ -122,37 +125,50 @@ class PagedCache:
         layers: range | None = None,
     ) -> None:
         """layers: those of a pipeline stage; None is all."""
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.layers = range(args.n_layers) if layers is None else layers
-        shape = (len(self.layers), num_blocks * block_size, kv_heads, args.width_of_head)
+        self.num_blocks, self.block_size, self.groups = num_blocks, block_size, kv_groups(args)
+        layers = range(args.n_layers) if layers is None else layers
+        depth = layers_per_block(self.groups, layers)
+        shape = (depth, num_blocks * block_size, kv_heads, args.width_of_head)
         self.keys = torch.zeros(shape, dtype=dtype)
         self.values = torch.zeros(shape, dtype=dtype)
+        self.places = {
+            layer: Place(number, self.keys[index], self.values[index])
+            for number, group in enumerate(self.groups)
+            for index, layer in enumerate(layer for layer in group.layers if layer in layers)
+        }
 
     @staticmethod
-    def bytes_per_block(
-        args: ModelArgs, kv_heads: int, block_size: int, dtype: torch.dtype, layers: range | None = None
-    ) -> int:
-        """Memory of one block over all layers, or those of a stage, keys and values."""
-        return (
-            2
-            * (args.n_layers if layers is None else len(layers))
-            * block_size
-            * kv_heads
-            * args.width_of_head
-            * dtype.itemsize
-        )
+    def bytes_per_block(args: ModelArgs, kv_heads: int, block_size: int, dtype: torch.dtype, layers: int) -> int:
+        """Memory of one block, keys and values. layers: as `layers_per_block` counts them."""
+        return 2 * layers * block_size * kv_heads * args.width_of_head * dtype.itemsize
 
     def at(self, batch: PagedBatch) -> KeyValues:
         """The cache as one step sees it."""
         return PagedStep(self, batch)
 
 
+class Place(NamedTuple):
+    """Of one layer: its group, and its part of all blocks, [num_blocks * block_size, kv_heads, head_dim]."""
+
+    group: int
+    keys: Tensor
+    values: Tensor
+
+
 class _Alike(NamedTuple):
     """Sequences of a step that are attended to together: as many queries each, padded to as many keys."""
 
     rows: Tensor  # int64 [sequences * queries], their tokens in the step
-    positions: Tensor  # int64 [sequences, queries]
-    slots: Tensor  # int64 [sequences, keys], where in the cache their tokens are, in order of position
+    queries: Tensor  # int64 [sequences, queries], positions
+    keys: Tensor  # int64 [sequences, keys], positions from the first that is seen; padding is beyond every query
+    slots: Tensor  # int64 [sequences, keys], where in the cache they are
+
+
+class _View(NamedTuple):
+    """A step as the layers of one KV group see it. written: int64 [num_tokens], slots of the step's own tokens."""
+
+    alike: list[_Alike]
+    written: Tensor
 
 
 class PagedStep:
@@ -160,36 +176,44 @@ class PagedStep:
 
     def __init__(self, cache: PagedCache, batch: PagedBatch) -> None:
         self._cache, self._batch = cache, batch
-        ends, starts = batch.context_lens.tolist(), batch.query_starts.tolist()
+        self._views = [
+            self._view(table, group.chunk) for table, group in zip(batch.block_tables, cache.groups, strict=True)
+        ]
+
+    def _view(self, table: Tensor, chunk: int | None) -> _View:
+        ends, starts = self._batch.context_lens.tolist(), self._batch.query_starts.tolist()
         alike: dict[object, list[int]] = defaultdict(list)
         for sequence, end in enumerate(ends):
-            alike[end.bit_length() if sequence < batch.num_decodes else (sequence,)].append(sequence)
-        self._groups = [
-            self._group(sequences, [starts[s] for s in sequences], [starts[s + 1] for s in sequences], ends)
+            alike[end.bit_length() if sequence < self._batch.num_decodes else (sequence,)].append(sequence)
+        found = [
+            self._alike(table[sequences], sequences, [starts[s] for s in sequences], chunk)
             for sequences in alike.values()
         ]
-        self._written = torch.empty(starts[-1], dtype=torch.int64)
-        for group in self._groups:
-            self._written[group.rows] = group.slots.gather(1, group.positions).flatten()
+        written = torch.empty(starts[-1], dtype=torch.int64)
+        for rows, queries, keys, slots in found:
+            written[rows] = slots.gather(1, queries - keys[:, :1]).flatten()
+        return _View(found, written)
 
-    def _group(self, sequences: list[int], starts: list[int], stops: list[int], ends: list[int]) -> _Alike:
-        size, longest = self._cache.block_size, max(ends[s] for s in sequences)
-        tables = self._batch.block_tables[sequences, : -(-longest // size)].long()
-        slots = (tables.unsqueeze(-1) * size + torch.arange(size)).flatten(1)[:, :longest]
-        # Padding is never seen, but is multiplied with nought: let it be of the sequence itself, and so finite.
-        is_padding = torch.arange(longest) >= self._batch.context_lens[sequences].unsqueeze(1)
+    def _alike(self, table: Tensor, sequences: list[int], starts: list[int], chunk: int | None) -> _Alike:
+        size, ends = self._cache.block_size, self._batch.context_lens[sequences].long().unsqueeze(1)
+        stops = self._batch.query_starts[1:][sequences].tolist()
         rows = torch.cat([torch.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
-        positions = self._batch.positions[rows].view(len(sequences), -1)
-        return _Alike(rows, positions, torch.where(is_padding, slots[:, :1], slots))
+        queries = self._batch.positions[rows].view(len(sequences), -1)
+        first = torch.zeros_like(ends) if chunk is None else queries[:, :1] // chunk * chunk
+        keys = first + torch.arange(int((ends - first).max()))
+        # Padding is never seen, but is multiplied with nought: let it be of the sequence itself, and so finite.
+        there = keys.minimum(ends - 1)
+        slots = table.long().gather(1, there // size) * size + there % size
+        return _Alike(rows, queries, keys, slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
-        place = layer - self._cache.layers.start
-        keys, values = self._cache.keys[place], self._cache.values[place]
-        keys[self._written] = k
-        values[self._written] = v
+        group, keys, values = self._cache.places[layer]
+        view = self._views[group]
+        keys[view.written] = k
+        values[view.written] = v
         out = torch.empty_like(q)
-        for rows, positions, slots in self._groups:
-            mask = visible(positions, torch.arange(slots.shape[1]), chunk)
-            found = attention(q[rows].unflatten(0, positions.shape), keys[slots], values[slots], mask)
+        for rows, queries, positions, slots in view.alike:
+            mask = visible(queries, positions, chunk)
+            found = attention(q[rows].unflatten(0, queries.shape), keys[slots], values[slots], mask)
             out[rows] = found.flatten(0, 1)
         return out

@@ -71,8 +71,7 @@ class PackedStep:
     """One step over a `PackedCache`; `PackedAttention` reads it directly."""
 
     def __init__(self, cache: PackedCache, batch: PagedBatch) -> None:
-        self.keys = dict(zip(cache.layers, cache.keys.unbind(0), strict=True))
-        self.values = dict(zip(cache.layers, cache.values.unbind(0), strict=True))
+        self.places, self.tables = cache.places, batch.block_tables.unbind(0)
         self.batch, self.block_size = batch, cache.block_size
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: int | None) -> Tensor:
@@ -93,8 +92,9 @@ class PackedAttention(nn.Module):
         cosine, sine, temperature = (
             (None, None, where.temperature) if self.is_nope else (where.cosine, where.sine, None)
         )
+        group, keys, values = kv.places[self.layer]
         out = cpu.paged_attention(
-            self.wqkv(x), cosine, sine, temperature, kv.keys[self.layer], kv.values[self.layer], kv.batch,
+            self.wqkv(x), cosine, sine, temperature, keys, values, kv.tables[group], kv.batch,
             self.heads, self.kv_heads, self.head_dim, kv.block_size, self.chunk, self.qk_norm_eps,
         )  # fmt: skip
         return reduce(self.wo(out))

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.args import ModelArgs
 from model.checkpoint.slices import rank_region
+from model.kv_groups import kv_groups, layers_per_block
 from model.model import LLM
 from model.parallel import ensure_model_parallel, model_parallel_size
 from model.stage import WHOLE, Stage
@@ -78,9 +79,10 @@ def num_experts(args: ModelArgs) -> int:
     return num_moe_layers(args) * args.moe_args.num_experts if args.moe_args else 0
 
 
-def kv_values_per_token(args: ModelArgs, share: Share) -> int:
-    """Numbers that a rank keeps for a token: keys and values of its heads and layers."""
-    return 2 * len(share.stage.layers(args.n_layers)) * args.kv_heads // share.tensor_size * args.width_of_head
+def kv_values_per_block(args: ModelArgs, share: Share, block_size: int) -> int:
+    """Numbers that a rank keeps for a KV block: keys and values of its heads, of its layers of one group."""
+    layers = layers_per_block(kv_groups(args), share.stage.layers(args.n_layers))
+    return 2 * layers * block_size * args.kv_heads // share.tensor_size * args.width_of_head
 
 
 def rotary_bytes(args: ModelArgs, max_model_len: int) -> int:

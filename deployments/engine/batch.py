@@ -45,7 +45,7 @@ class BatchBuilder:
         slots = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         width = -(-limits.max_model_len // limits.block_size)
         self._block_size = limits.block_size
-        self._tables = np.zeros((slots, width), np.int32)
+        self._tables = np.zeros((len(limits.kv_chunks), slots, width), np.int32)
         self._tokens = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64)
         self._positions = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64)
         self._tokens_np, self._positions_np = self._tokens.numpy(), self._positions.numpy()
@@ -128,17 +128,18 @@ class BatchBuilder:
         return StepBatch(paged, _sampling(sampled, targets), sampled, targets)
 
     def _block_tables(self, sequences: list[Sequence]) -> Tensor:
-        tables = self._tables
         width = 1
         for sequence in sequences:
-            length = len(sequence.blocks)
-            if length != sequence.num_tabled:
-                if not sequence.num_tabled:
-                    tables[sequence.slot] = 0
-                tables[sequence.slot, sequence.num_tabled : length] = sequence.blocks[sequence.num_tabled :]
-                sequence.num_tabled = length
-            width = max(width, length)
-        return torch.from_numpy(tables[[sequence.slot for sequence in sequences], :width])
+            if len(sequence.blocks[-1]) != sequence.num_tabled:  # no group grows without the last, or before it
+                self._enter(sequence)
+            width = max(width, len(sequence.blocks[0]))
+        return torch.from_numpy(self._tables[:, [sequence.slot for sequence in sequences], :width])
+
+    def _enter(self, sequence: Sequence) -> None:
+        new = sequence.num_tabled
+        for table, blocks in zip(self._tables, sequence.blocks, strict=True):
+            table[sequence.slot, new : len(blocks)] = blocks[new:]
+        sequence.num_tabled = len(sequence.blocks[-1])
 
 
 def _image_rows(

@@ -75,11 +75,15 @@ class BlockPool:
         """The blocks that hold the longest known prefix of `hashes`."""
         found = []
         for value in hashes:
-            block = self._by_hash.get(value)
+            block = self.named(value)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def named(self, value: bytes) -> int | None:
+        """The block that was published as `value`, if it still is."""
+        return self._by_hash.get(value)
 
     def num_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` are free now: what `share` would take out of the free ones."""

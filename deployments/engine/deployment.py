@@ -58,6 +58,7 @@ class Engine:
             max_model_len=self._shard.max_model_len,
             block_size=engine.block_size,
             enable_prefix_caching=engine.enable_prefix_caching,
+            kv_chunks=self._shard.kv_chunks,
         )
         scheduler = Scheduler(BlockPool(self._shard.num_blocks), limits)
         self._description = EngineDescription(
@@ -66,7 +67,7 @@ class Engine:
             vocab_size=self._shard.args.vocab_size,
             dtype=engine.dtype,
             block_size=limits.block_size,
-            num_kv_tokens=self._shard.num_blocks * limits.block_size,
+            num_kv_tokens=self._shard.num_kv_tokens,
             max_num_seqs=scheduler.max_running,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             vision=_vision(self._shard.args.vision_args),
@@ -156,6 +157,7 @@ def _load(config: ModelConfig, experts: RemoteExperts | None) -> Shard | ShardGr
         block_size=engine.block_size,
         max_num_seqs=engine.max_num_seqs,
         max_model_len=engine.max_model_len,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
         kv_cache_memory=engine.kv_cache_memory,
         kv_cache_memory_share=engine.kv_cache_memory_share,
         num_threads=engine.num_threads,

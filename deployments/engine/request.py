@@ -126,7 +126,8 @@ class VisionDescription:
 class EngineDescription:
     """What an engine serves and how much of it fits.
 
-    num_kv_tokens: what the KV cache holds, over all requests. vision: None when the model sees no images.
+    num_kv_tokens: what the KV cache holds at least, over all requests; longer sequences of a model with chunked
+    layers take less than their tokens. vision: None when the model sees no images.
     """
 
     model_id: str

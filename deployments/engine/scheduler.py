@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deployments.engine.blocks import BlockPool
+from deployments.engine.kv_blocks import KVBlocks
 from deployments.engine.request import EngineRequest, RequestTooLong
 from deployments.engine.sequence import Sequence, Status
+from model.kv_groups import BlockNeeds
 
 PROMPT_LOGPROBS_CHUNK = 256
 """Most prompt tokens of one sequence in a step when each needs a row of logits: bounds their memory."""
@@ -27,13 +29,14 @@ Plan = dict[Sequence, int]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step, and what a sequence, may need."""
+    """What a step, and what a sequence, may need. kv_chunks: as `BlockNeeds.chunks`."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
     enable_prefix_caching: bool = True
+    kv_chunks: tuple[int | None, ...] = (None,)
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool, self.limits, self.counts = pool, limits, Counts()
+        self.kv = KVBlocks(pool, BlockNeeds(limits.kv_chunks, limits.block_size, limits.max_num_batched_tokens))
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._arrivals, self._resumed_arrivals = 0, -RESUMED_FIRST
@@ -67,7 +71,7 @@ class Scheduler:
         if not 0 < length < limits.max_model_len:
             raise RequestTooLong(f"a prompt of {length} tokens is not in 1..{limits.max_model_len - 1} (max_model_len)")
         longest = min(length + request.sampling.max_tokens, limits.max_model_len)
-        blocks = self._num_blocks(longest - 1)  # nothing attends to the last token
+        blocks = self.kv.needs.held(longest - 1)  # nothing attends to the last token
         if blocks > self.pool.num_blocks:
             raise RequestTooLong(
                 f"{length} prompt and {request.sampling.max_tokens} output tokens need {blocks} KV blocks of "
@@ -101,13 +105,7 @@ class Scheduler:
     def computed(self, sequence: Sequence, count: int) -> None:
         """Says that a step computed `count` more tokens of `sequence`; call it before the new token is appended."""
         sequence.num_computed += count
-        size = self.limits.block_size
-        full = sequence.num_computed // size
-        if full > sequence.num_published:
-            hashes = sequence.hashes(full, size)
-            for index in range(sequence.num_published, full):
-                self.pool.publish(sequence.blocks[index], hashes[index])
-            sequence.num_published = full
+        self.kv.computed(sequence)
         if sequence.siblings and sequence.num_computed >= sequence.num_prompt:
             for sibling in sequence.siblings:
                 insort(self.waiting, sibling, key=_arrival)
@@ -155,8 +153,8 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, count: int, plan: Plan) -> int:
         """Blocks of `sequence` for `count` more tokens, else preempts it; returns the tokens taken back from `plan`."""
-        missing = self._num_blocks(sequence.num_computed + count) - len(sequence.blocks)
-        if missing <= 0:
+        missing = self.kv.missing(sequence, sequence.num_computed + count)
+        if not missing:
             return 0
         refund = 0
         while missing > self.pool.num_free:
@@ -165,7 +163,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return refund
-        sequence.blocks += self.pool.allocate(missing)
+        self.kv.grow(sequence, sequence.num_computed + count)
         return refund
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -177,10 +175,9 @@ class Scheduler:
         insort(self.waiting, sequence, key=_arrival)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
+        self.kv.release(sequence)
         self._slots.append(sequence.slot)
-        sequence.blocks, sequence.slot = [], -1
-        sequence.num_computed = sequence.num_published = sequence.num_tabled = 0
+        sequence.slot = -1
 
     def _start_waiting(self, plan: Plan, budget: int) -> None:
         started = 0
@@ -190,21 +187,14 @@ class Scheduler:
                 break
             started += 1
             plan[sequence] = count = self._chunk(sequence, budget)
+            self.kv.grow(sequence, sequence.num_computed + count)
             budget -= count
         del self.waiting[:started]
 
     def _start(self, sequence: Sequence) -> bool:
         """Gives a sequence all the blocks that its tokens so far need, unless others would soon miss them."""
-        cached = self._cached_blocks(sequence)
-        total = self._num_blocks(len(sequence.tokens))
-        reserve = len(self.running)  # each may need another block before long
-        free = self.pool.num_free - self.pool.num_unreferenced(cached)
-        if total - len(cached) > free - reserve:
+        if not self.kv.start(sequence, self.kv.reserve(self.running), is_known=not sequence.wants_prompt_logprobs):
             return False
-        self.pool.share(cached)
-        sequence.blocks = cached + self.pool.allocate(total - len(cached))
-        sequence.num_computed = len(cached) * self.limits.block_size
-        sequence.num_published = len(cached)
         sequence.slot = self._slots.pop()
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_arrival)
@@ -212,18 +202,8 @@ class Scheduler:
             self._count_cached(sequence)
         return True
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if sequence.wants_prompt_logprobs:
-            return []
-        # The last token is computed in any case: its logits are what is wanted.
-        full = (len(sequence.tokens) - 1) // self.limits.block_size
-        return self.pool.find(sequence.hashes(full, self.limits.block_size))
-
     def _count_cached(self, sequence: Sequence) -> None:
         sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
         if self.limits.enable_prefix_caching:
             self.counts.prefix_queries += sequence.num_prompt
             self.counts.prefix_hits += sequence.num_cached
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)

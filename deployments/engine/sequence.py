@@ -20,7 +20,8 @@ class Sequence:
     arrival: order among all sequences of the engine; smaller came earlier. outputs: tokens that were
     produced before, by this engine or another; they count as output but are computed with the prompt.
 
-    tokens: prompt and output so far. num_computed: how many of them have keys and values in `blocks`.
+    tokens: prompt and output so far. num_computed: how many of them have keys and values in `blocks`, of
+    which there is a list for each KV group (kv_blocks.py).
     last_patch: position of the last token that stands for a part of an image, -1 without images.
     A sequence with one token left to compute is decoding; with more it is in prefill.
     """
@@ -43,8 +44,8 @@ class Sequence:
         self.num_computed = 0
         self.num_cached: int | None = None
         self.is_resumed = bool(outputs)
-        self.blocks: list[int] = []
-        self.num_published = 0
+        self.blocks: list[list[int]] = []
+        self.num_published = self.num_unseen = 0
         self.slot = -1
         self.num_tabled = 0
         self.status = Status.WAITING

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from deployments.plan.needs import ExpertNeeds, Layout, Model, ModelNeeds, RankNeeds, kv_tokens
+from deployments.plan.needs import ExpertNeeds, Layout, Model, ModelNeeds, RankNeeds, kv_blocks
 from model.checkpoint.slices import possible_world_sizes
 
 MOST_STAGES = 16
@@ -70,31 +70,27 @@ def _rank_faults(model: Model, layout: Layout, needs: ModelNeeds, memory: Memory
             )
             yield Fault(what, _rank_remedy(model, layout, needs, room))
             return
-    tokens = kv_tokens(needs, model.engine, room)
-    if tokens is not None and tokens < needs.max_model_len:
+    blocks = kv_blocks(needs, model.engine, room)
+    if blocks is not None and blocks < needs.blocks_per_sequence:
+        tokens = needs.blocks.longest(blocks) or 0
         yield Fault(
             f"keys and values of {tokens:,} tokens fit, fewer than max_model_len ({needs.max_model_len:,})",
-            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to {needs.kv_per_token * _whole(model)}",
+            f"set max_model_len to at most {tokens:,}, or kv_cache_memory to "
+            f"{needs.kv_per_block * needs.blocks_per_sequence}",
         )
-
-
-def _whole(model: Model) -> int:
-    """Tokens of the blocks that one sequence of full length takes."""
-    block = model.engine.block_size
-    return -(-model.max_model_len // block) * block
 
 
 def _kv_of(rank: RankNeeds, needs: ModelNeeds, model: Model) -> int:
     """Bytes of what the YAML asks for; where it leaves that open, of one sequence of full length."""
-    tokens = kv_tokens(needs, model.engine, None)
-    return rank.kv_per_token * (_whole(model) if tokens is None else tokens)
+    blocks = kv_blocks(needs, model.engine, None)
+    return rank.kv_per_block * (needs.blocks_per_sequence if blocks is None else blocks)
 
 
 def _rank_remedy(model: Model, layout: Layout, needs: ModelNeeds, room: int) -> str:
     """The smallest change first: fewer keys and values, more ranks, experts elsewhere, shorter sequences."""
-    held = min((room - rank.fixed) // rank.kv_per_token for rank in needs.ranks)
-    if model.engine.kv_cache_memory is not None and held >= _whole(model):
-        return f"set kv_cache_memory to at most {readable(held * needs.kv_per_token)}"
+    held = min((room - rank.fixed) // rank.kv_per_block for rank in needs.ranks)
+    if model.engine.kv_cache_memory is not None and held >= needs.blocks_per_sequence:
+        return f"set kv_cache_memory to at most {readable(held * needs.kv_per_block)}"
     wider = next((other for other in _wider(model, layout) if _fits(model, other, room)), None)
     if wider is not None:
         return (
@@ -103,8 +99,8 @@ def _rank_remedy(model: Model, layout: Layout, needs: ModelNeeds, room: int) -> 
         )
     if model.args.moe_args is not None and layout.servers is None:
         return "put the routed experts on servers: `experts:` of the model, num_replicas of the deployment experts-<id>"
-    if held > 0:
-        return f"set max_model_len to at most {held:,}"
+    if held > 0 and (longest := needs.blocks.longest(held)):
+        return f"set max_model_len to at most {longest:,}"
     return "give ranks more memory: no tensor- and pipeline-parallel size makes this fit"
 
 
@@ -122,8 +118,8 @@ def _wider(model: Model, layout: Layout) -> list[Layout]:
 
 def _fits(model: Model, layout: Layout, room: int) -> bool:
     needs = model.needs(layout)
-    tokens = kv_tokens(needs, model.engine, room)
-    enough = tokens is None or tokens >= needs.max_model_len
+    blocks = kv_blocks(needs, model.engine, room)
+    enough = blocks is None or blocks >= needs.blocks_per_sequence
     return enough and all(rank.fixed + _kv_of(rank, needs, model) <= room for rank in needs.ranks)
 
 

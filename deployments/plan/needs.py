@@ -12,6 +12,7 @@ from cluster.experts.directory import SPARE
 from deployments.config import EngineConfig
 from model import sizes
 from model.args import ModelArgs
+from model.kv_groups import BlockNeeds, kv_groups
 from model.stage import Stage
 
 
@@ -19,7 +20,7 @@ from model.stage import Stage
 class RankNeeds:
     """One pipeline stage: each of its tensor-parallel ranks needs the same.
 
-    rotary: float32 tables of every position. kv_per_token: keys and values of the stage's layers.
+    rotary: float32 tables of every position. kv_per_block: keys and values of the stage's layers of one KV group.
     """
 
     stage: int
@@ -27,7 +28,7 @@ class RankNeeds:
     last_layer: int
     weights: int
     rotary: int
-    kv_per_token: int
+    kv_per_block: int
 
     @property
     def fixed(self) -> int:
@@ -70,19 +71,33 @@ class ExpertNeeds:
 
 @dataclass(frozen=True)
 class ModelNeeds:
-    """parameters: of the whole model, each once; weights: their bytes. experts: None when they are in the ranks."""
+    """parameters: of the whole model, each once; weights: their bytes. experts: None when they are in the ranks.
+
+    blocks: how many KV blocks a sequence holds.
+    """
 
     parameters: int
     weights: int
     tensor_parallel_size: int
     max_model_len: int
+    blocks: BlockNeeds
     ranks: tuple[RankNeeds, ...]
     experts: ExpertNeeds | None
 
     @property
-    def kv_per_token(self) -> int:
+    def kv_per_block(self) -> int:
         """Of all ranks together."""
-        return self.tensor_parallel_size * sum(rank.kv_per_token for rank in self.ranks)
+        return self.tensor_parallel_size * sum(rank.kv_per_block for rank in self.ranks)
+
+    @property
+    def kv_per_token(self) -> int:
+        """Of all ranks together, while all layers keep the token."""
+        return self.kv_per_block * len(self.blocks.chunks) // self.blocks.block_size
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Most KV blocks that a sequence of full length holds."""
+        return self.blocks.held(self.max_model_len)
 
 
 @dataclass(frozen=True)
@@ -100,13 +115,10 @@ class Model:
     """Shapes of a model, from which any layout's needs are counted."""
 
     def __init__(self, args: ModelArgs, engine: EngineConfig) -> None:
-        self.args, self.engine = args, engine
+        self.max_model_len = engine.max_model_len or args.max_seq_len
+        self.args, self.engine = args.model_copy(update={"max_seq_len": self.max_model_len}), engine
         self.shapes = sizes.parameter_shapes(args)
         self.bytes_each = getattr(torch, engine.dtype).itemsize
-
-    @property
-    def max_model_len(self) -> int:
-        return self.engine.max_model_len or self.args.max_seq_len
 
     def needs(self, layout: Layout) -> ModelNeeds:
         """Raises CheckpointError when the tensor-parallel size does not divide the model."""
@@ -116,6 +128,11 @@ class Model:
             weights=parameters * self.bytes_each,
             tensor_parallel_size=layout.tensor_parallel_size,
             max_model_len=self.max_model_len,
+            blocks=BlockNeeds(
+                tuple(group.chunk for group in kv_groups(self.args)),
+                self.engine.block_size,
+                self.engine.max_num_batched_tokens,
+            ),
             ranks=tuple(self._rank(layout, Stage(index, count)) for index in range(count)),
             experts=self._experts(layout),
         )
@@ -129,7 +146,7 @@ class Model:
             last_layer=layers.stop - 1,
             weights=sizes.share_parameters(self.shapes, self.args, share) * self.bytes_each,
             rotary=sizes.rotary_bytes(self.args, self.max_model_len),
-            kv_per_token=sizes.kv_values_per_token(self.args, share) * self.bytes_each,
+            kv_per_block=sizes.kv_values_per_block(self.args, share, self.engine.block_size) * self.bytes_each,
         )
 
     def _experts(self, layout: Layout) -> ExpertNeeds | None:
@@ -140,18 +157,14 @@ class Model:
         return ExpertNeeds(layers, per_layer, each, layout.copies, layout.servers, layout.server_memory)
 
 
-def kv_tokens(needs: ModelNeeds, engine: EngineConfig, room: int | None) -> int | None:
-    """Tokens of keys and values that an engine replica holds; None if nothing tells. As cluster/shard.py counts.
+def kv_blocks(needs: ModelNeeds, engine: EngineConfig, room: int | None) -> int | None:
+    """KV blocks that an engine replica holds; None if nothing tells. As cluster/shard.py counts.
 
     room: bytes that a rank has for everything.
     """
     if engine.kv_cache_memory is not None:  # over all ranks
-        return int(engine.kv_cache_memory) // (needs.kv_per_token * engine.block_size) * engine.block_size
+        return int(engine.kv_cache_memory) // needs.kv_per_block
     if room is None:
         return None
-    blocks = [
-        int((room - rank.fixed) * engine.kv_cache_memory_share) // (rank.kv_per_token * engine.block_size)
-        for rank in needs.ranks
-    ]
-    enough = engine.max_num_seqs * -(-needs.max_model_len // engine.block_size)
-    return max(0, min(*blocks, enough)) * engine.block_size
+    blocks = [int((room - rank.fixed) * engine.kv_cache_memory_share) // rank.kv_per_block for rank in needs.ranks]
+    return max(0, min(*blocks, engine.max_num_seqs * needs.blocks_per_sequence))

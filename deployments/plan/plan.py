@@ -14,7 +14,7 @@ from deployments.demand import OURS
 from deployments.plan.architecture import architecture
 from deployments.plan.fit import Fault, Memory, check
 from deployments.plan.memory import Resources
-from deployments.plan.needs import Layout, Model, ModelNeeds, kv_tokens
+from deployments.plan.needs import Layout, Model, ModelNeeds, kv_blocks
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Given:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """engines: replicas of the engine. kv_tokens: of one replica; None if nothing tells. source: of the architecture.
+    """engines: replicas of the engine. source: of the architecture.
 
+    kv_tokens, kv_sequences: what the KV cache of one replica holds, None if nothing tells: so many tokens in any
+    case, and so many sequences of max_model_len at once, whose chunked layers need less.
     gpus: of all engines and expert servers of the model together.
     """
 
@@ -42,6 +44,7 @@ class ModelPlan:
     memory: Memory
     needs: ModelNeeds | None
     kv_tokens: int | None
+    kv_sequences: float | None
     gpus: float
     faults: tuple[Fault, ...]
 
@@ -95,6 +98,7 @@ def _plan_model(model: ModelConfig, deployments: dict[str, dict[str, Any]], give
     memory = Memory(_fill(of_rank, given), _fill(of_server, given), given.headroom)
     sized = Model(args, model.engine)
     needs, faults = check(sized, layout, memory)
+    blocks = kv_blocks(needs, model.engine, memory.room(memory.rank)) if needs else None
     return ModelPlan(
         id=model.id,
         source=source,
@@ -103,7 +107,8 @@ def _plan_model(model: ModelConfig, deployments: dict[str, dict[str, Any]], give
         engines=_replicas(engine),
         memory=memory,
         needs=needs,
-        kv_tokens=kv_tokens(needs, model.engine, memory.room(memory.rank)) if needs else None,
+        kv_tokens=None if needs is None or blocks is None else needs.blocks.fitting(blocks),
+        kv_sequences=None if needs is None or blocks is None else blocks / needs.blocks_per_sequence,
         gpus=of_rank.gpus * ranks * _replicas(engine) + of_server.gpus * (layout.servers or 0),
         faults=tuple(faults),
     )

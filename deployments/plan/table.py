@@ -18,15 +18,20 @@ def show(plan: ModelPlan, console: Console) -> None:
         needs = plan.needs
         console.print(f"{needs.parameters:,} parameters, {needs.weights:,} bytes ({readable(needs.weights)})")
         console.print(_table(plan))
-        tokens = "not known: give kv_cache_memory or memory" if plan.kv_tokens is None else f"{plan.kv_tokens:,} tokens"
         console.print(
-            f"Keys and values: {needs.kv_per_token:,} bytes a token over all ranks; an engine replica holds {tokens} "
-            f"(max_model_len {needs.max_model_len:,})."
+            f"Keys and values: {needs.kv_per_token:,} bytes a token over all ranks; an engine replica holds "
+            f"{_held(plan)} (max_model_len {needs.max_model_len:,})."
         )
         if plan.gpus:
             console.print(f"GPUs in all: {plan.gpus:g}.")
     for fault in plan.faults:
         console.print(f"[red]does not fit:[/red] {fault.what}.\n  Nearest remedy: {fault.remedy}.", highlight=False)
+
+
+def _held(plan: ModelPlan) -> str:
+    if plan.kv_tokens is None:
+        return "not known: give kv_cache_memory or memory"
+    return f"{plan.kv_tokens:,} tokens, or {plan.kv_sequences:,.1f} sequences of full length"
 
 
 def _table(plan: ModelPlan) -> Table:

@@ -137,22 +137,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def paged_attention(
     qkv: Tensor, cosine: Tensor | None, sine: Tensor | None, temperature: Tensor | None, keys: Tensor, values: Tensor,
-    batch: PagedBatch, heads: int, kv_heads: int, head_dim: int, block_size: int, chunk: int, qk_norm_eps: float,
+    block_table: Tensor, batch: PagedBatch, heads: int, kv_heads: int, head_dim: int, block_size: int, chunk: int,
+    qk_norm_eps: float,
 ) -> Tensor:  # fmt: skip
     """Rotates q and k, writes k and v into the cache, attends.
 
     qkv: bfloat16 [tokens, (heads + 2 * kv_heads) * head_dim] contiguous, changed in place.
     cosine, sine: float32 [tokens, head_dim / 2], or None for a layer without rotary embedding.
     temperature: float32 [tokens], factors of the queries, or None.
-    keys, values: one layer of a `PackedCache`. chunk: 0, or the length of local attention chunks.
+    keys, values: one layer of a `PackedCache`. block_table: int32 [sequences, max_blocks] of its KV group.
+    chunk: 0, or the length of local attention chunks.
     qk_norm_eps: 0, or the epsilon of the norm of queries and keys.
     Returns bfloat16 [tokens, heads * head_dim].
     """
     out = torch.empty(qkv.shape[0], heads * head_dim, dtype=torch.bfloat16)
     optional = [None if x is None else x.data_ptr() for x in (cosine, sine, temperature)]
     _library().moray_attention(
-        qkv.data_ptr(), *optional, keys.data_ptr(), values.data_ptr(), batch.block_tables.data_ptr(),
-        batch.block_tables.stride(0), batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
+        qkv.data_ptr(), *optional, keys.data_ptr(), values.data_ptr(), block_table.data_ptr(),
+        block_table.stride(0), batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
         batch.context_lens.shape[0], out.data_ptr(), heads, kv_heads, head_dim, block_size, chunk, qk_norm_eps,
         head_dim**-0.5,
     )  # fmt: skip

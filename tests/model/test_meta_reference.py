@@ -111,7 +111,7 @@ def test_paged_steps_equal_prefill(seed):
     enlarge(model)
     tokens = torch.randint(0, args.vocab_size, (3, LENGTH))
     expected = model(TransformerInput(tokens)).logits
-    pages = Pages(sequences=3, length=LENGTH, block_size=4)
+    pages = Pages(args, sequences=3, length=LENGTH, block_size=4)
     cache = PagedCache(args, args.kv_heads, pages.num_blocks, 4, torch.float32)
     rng, done = random.Random(seed), [0, 0, 0]
     while min(done) < LENGTH:

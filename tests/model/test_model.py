@@ -131,7 +131,7 @@ def test_rows_may_start_at_different_positions(model, tokens):
 def test_paged_steps_equal_one_prefill(model, tokens):
     """Ragged: sequences are prefilled in chunks of different sizes, mixed with decodes, in shuffled blocks."""
     expected = model(TransformerInput(tokens)).logits
-    pages = Pages(sequences=3, length=20, block_size=4)
+    pages = Pages(model.args, sequences=3, length=20, block_size=4)
     cache = PagedCache(model.args, 2, pages.num_blocks, 4, torch.float32)
     schedule = [[(0, 0, 9)], [(0, 9, 10), (1, 0, 5)], [(0, 10, 11), (1, 5, 18), (2, 0, 20)], [(0, 11, 20), (1, 18, 20)]]
     for step in schedule:

@@ -84,7 +84,7 @@ def test_packed_model_is_as_near_to_float32_as_plain_torch(changes):
     exact = copy.deepcopy(model).float()(TransformerInput(tokens)).logits
     assert can_pack(model.args, torch.bfloat16, 16)
     pack(model)
-    pages = Pages(sequences=3, length=300, block_size=16)
+    pages = Pages(model.args, sequences=3, length=300, block_size=16)
     cache = PackedCache(model.args, model.args.kv_heads, pages.num_blocks, 16, torch.bfloat16)
     packed = torch.full_like(exact, torch.nan)
     for step in [[(0, 0, 99)], [(0, 99, 100), (1, 0, 17)], [(1, 17, 300), (2, 0, 300), (0, 100, 299)], [(0, 299, 300)]]:
@@ -100,7 +100,7 @@ def test_bits_do_not_depend_on_batch_or_chunking(changes):
     """What failover and preemption rely on, in bfloat16: not close but equal."""
     model = pack(bf16_model(**changes))
     tokens = torch.randint(0, 200, (9, 200))
-    pages = Pages(sequences=9, length=200, block_size=32)
+    pages = Pages(model.args, sequences=9, length=200, block_size=32)
 
     def run(schedule: list[list[tuple[int, int, int]]]) -> dict[tuple[int, int], torch.Tensor]:
         cache, rows = PackedCache(model.args, 2, pages.num_blocks, 32, torch.bfloat16), {}
@@ -119,7 +119,7 @@ def test_bits_do_not_depend_on_batch_or_chunking(changes):
 
 def test_a_plain_cache_is_not_for_packed_models():
     model = bf16_model()
-    pages = Pages(sequences=1, length=16, block_size=16)
+    pages = Pages(model.args, sequences=1, length=16, block_size=16)
     packed_cache = PackedCache(model.args, 2, 1, 16, torch.bfloat16)
     with pytest.raises(TypeError, match="packed models only"):
         model.step(pages.batch([(0, 0, torch.zeros(4, dtype=torch.int64))]), packed_cache)
@@ -135,7 +135,7 @@ def test_other_dtypes_and_blocks_stay_on_torch():
     args = bf16_model().args
     assert not can_pack(args, torch.float32, 16)
     assert not can_pack(args, torch.bfloat16, 8)
-    assert PagedCache.bytes_per_block(args, 2, 16, torch.bfloat16) == 2 * 3 * 16 * 2 * 16 * 2
+    assert PagedCache.bytes_per_block(args, 2, 16, torch.bfloat16, 3) == 2 * 3 * 16 * 2 * 16 * 2
 
 
 def test_several_feed_forwards_in_one_call_compute_the_same_bits():

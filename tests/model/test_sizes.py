@@ -14,7 +14,7 @@ from model.layers import RotaryEmbedding
 from model.sizes import (
     Share,
     expert_parameters,
-    kv_values_per_token,
+    kv_values_per_block,
     num_experts,
     num_parameters,
     parameter_shapes,
@@ -96,7 +96,7 @@ def test_ranks_and_expert_servers_hold_everything_once() -> None:
 
 
 def test_keys_values_and_rotary_tables_are_as_large_as_the_real_ones() -> None:
-    values = kv_values_per_token(SMALL, Share())
-    assert values * 2 * 16 == PagedCache.bytes_per_block(SMALL, SMALL.kv_heads, 16, torch.bfloat16)
-    assert kv_values_per_token(SMALL, Share(Stage(1, 3), 2)) == values // 3 // 2
+    values = kv_values_per_block(SMALL, Share(), 16)
+    assert values * 2 == PagedCache.bytes_per_block(SMALL, SMALL.kv_heads, 16, torch.bfloat16, SMALL.n_layers)
+    assert kv_values_per_block(SMALL, Share(Stage(1, 3), 2), 16) == values // 3 // 2
     assert rotary_bytes(SMALL, 32) == sum(table.nbytes for table in RotaryEmbedding(SMALL).buffers())

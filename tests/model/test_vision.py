@@ -214,7 +214,7 @@ def test_paged_steps_with_an_image_equal_the_plain_forward(model):
     rows = model.embed_tiles(tiles).flatten(0, 1)
     first, cut = 2, 2 + len(rows) // 2  # where the image begins, where the first step ends
     length = tokens.shape[1]
-    pages = Pages(sequences=2, length=length, block_size=4)
+    pages = Pages(model.args, sequences=2, length=length, block_size=4)
     cache = PagedCache(model.args, model.args.kv_heads, pages.num_blocks, 4, torch.float32)
     pieces = [(1, 0, tokens[1, :3]), (0, 0, tokens[0, :cut])]
     logits = [model.step(with_images(pages.batch(pieces), range(3 + first, 3 + cut), rows[: cut - first]), cache)]
@@ -242,7 +242,7 @@ def test_a_packed_model_sees_images():
     assert can_pack(model.args, torch.bfloat16, 16)
     rows = model.embed_tiles(tiles).flatten(0, 1)
     pack(model)
-    pages = Pages(sequences=1, length=tokens.shape[1], block_size=16)
+    pages = Pages(model.args, sequences=1, length=tokens.shape[1], block_size=16)
     cache = PackedCache(model.args, model.args.kv_heads, pages.num_blocks, 16, torch.bfloat16)
     batch = pages.batch([(0, 0, tokens[0])])
     plain = model.step(batch, cache)

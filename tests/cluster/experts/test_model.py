@@ -42,7 +42,7 @@ def test_a_shard_in_bfloat16_computes_the_same_bits(start_cluster, moe_folder):
     client = start_cluster(4).client()
     settings = dict(path=str(moe_folder), dtype="bfloat16", block_size=16, max_num_seqs=3, num_threads=1)
     local, remote = Shard(**settings), Shard(**settings, experts=lambda: client.layer)
-    pages = Pages(sequences=3, length=40, block_size=16)
+    pages = Pages(local.args, sequences=3, length=40, block_size=16)
     for start, stop in ((0, 30), (30, 31), (31, 32), (32, 40)):
         batch = pages.batch([(row, start, tokens[start:stop]) for row, tokens in enumerate(TOKENS)])
         assert torch.equal(remote.logits(batch), local.logits(batch))

@@ -23,6 +23,8 @@ from model.datatypes import PagedBatch
 from model.sampling import RowLogprobs, SampledTokens, SamplingBatch
 
 VOCAB = 1000
+PERIOD = 1_000_000
+"""A token in the cache of group g is stored as itself and g times this, so that groups cannot read each other's."""
 PATCHES = 2
 """Of a tile."""
 VISION = VisionArgs(
@@ -53,10 +55,21 @@ def seen(tiles: np.ndarray) -> list[int]:
 
 
 class FakeExecutor:
-    """`before`: called with each batch first; may raise."""
+    """`before`: called with each batch first; may raise.
 
-    def __init__(self, num_blocks: int, block_size: int, before: Callable[[PagedBatch], None] | None = None) -> None:
+    chunks: of each KV group, as in `Limits.kv_chunks`. Every group's tokens are read back where a query would see
+    them, from the beginning of its chunk on, and must be those that were written.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        before: Callable[[PagedBatch], None] | None = None,
+        chunks: tuple[int | None, ...] = (None,),
+    ) -> None:
         self.num_blocks, self.block_size, self.before = num_blocks, block_size, before
+        self.kv_chunks, self.num_kv_tokens = chunks, num_blocks // len(chunks) * block_size
         self.cache = np.full(num_blocks * block_size, -1, np.int64)
         self.num_encoded = 0
         self.num_steps = self.num_tokens = self.max_tokens = self.max_sequences = 0
@@ -69,21 +82,36 @@ class FakeExecutor:
         if batch.image_rows is not None:
             tokens[batch.image_rows.numpy()] = batch.image_embeddings[:, 0].numpy()
         starts, ends = batch.query_starts.tolist(), batch.context_lens.tolist()
-        says: dict[int, int] = {}
         for s, end in enumerate(ends):
-            positions = np.arange(end)
-            slots = batch.block_tables[s].numpy()[positions // self.block_size] * self.block_size
-            slots = slots + positions % self.block_size
             first, last = starts[s], starts[s + 1]
             assert batch.positions[first:last].tolist() == list(range(end - (last - first), end))
-            self.cache[slots[end - (last - first) :]] = tokens[first:last]
-            context = self.cache[slots].tolist()
-            for row in range(first, last):
+            for group in range(len(self.kv_chunks)):
+                slots = self._slots(batch, group, s, end - (last - first), end)
+                self.cache[slots] = PERIOD * group + tokens[first:last]
+        says: dict[int, int] = {}
+        for s, end in enumerate(ends):
+            begun = end - (starts[s + 1] - starts[s])
+            seen_by_group = [
+                self._seen(batch, group, s, begun // chunk * chunk if chunk else 0, end)
+                for group, chunk in enumerate(self.kv_chunks)
+            ]
+            context = seen_by_group[0]
+            for part in seen_by_group:
+                assert part == context[len(context) - len(part) :]
+            for row in range(starts[s], starts[s + 1]):
                 if row in batch.logit_rows:
-                    says[row] = next_token(context[: end - (last - 1 - row)])
+                    says[row] = next_token(context[: end - (starts[s + 1] - 1 - row)])
         said = [says[row] for row in batch.logit_rows.tolist()]
         targets = [RowLogprobs(t, -1.0, 1, []) for t in sampling.targets]
         return SampledTokens(said[: sampling.num_samples], None, targets)
+
+    def _seen(self, batch: PagedBatch, group: int, sequence: int, first: int, end: int) -> list[int]:
+        return (self.cache[self._slots(batch, group, sequence, first, end)] - PERIOD * group).tolist()
+
+    def _slots(self, batch: PagedBatch, group: int, sequence: int, first: int, end: int) -> np.ndarray:
+        positions = np.arange(first, end)
+        blocks = batch.block_tables[group, sequence].numpy()[positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
 
     def encode_image(self, tiles: np.ndarray) -> torch.Tensor:
         self.num_encoded += 1

@@ -6,75 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.engine.batch import BatchBuilder
-from deployments.engine.blocks import BlockPool
 from deployments.engine.postprocess import postprocess
 from deployments.engine.request import EngineRequest, RequestTooLong
-from deployments.engine.scheduler import Limits, Plan, Scheduler
-from deployments.engine.sequence import Sequence, Status
+from deployments.engine.sequence import Sequence
+from tests.deployments.engine.bench import Bench
 
 
-class Bench:
-    """A scheduler, its batches and a fake executor, stepped by hand."""
-
-    def __init__(self, executor: type, num_blocks: int = 100, **limits: object) -> None:
-        values = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 200, "block_size": 4, **limits}
-        self.limits = Limits(**values)
-        self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, self.limits)
-        self.batches = BatchBuilder(self.limits)
-        self.executor = executor(num_blocks, self.limits.block_size)
-        self.outputs: dict[tuple[str, int], list[int]] = {}
-        self.reasons: dict[tuple[str, int], str] = {}
-        self.cached: dict[tuple[str, int], int] = {}
-
-    def step(self) -> Plan:
-        plan = self.scheduler.schedule()
-        self._check(plan)
-        if plan:
-            batch = self.batches.build(plan)
-            outputs = postprocess(self.scheduler, plan, batch, self.executor.step(batch.paged, batch.sampling))
-            for delta in (delta for deltas in outputs.deltas.values() for delta in deltas):
-                key = (delta.request_id, delta.index)
-                assert delta.offset == len(self.outputs.setdefault(key, []))
-                self.outputs[key] += delta.token_ids
-                self.cached.setdefault(key, delta.num_cached_tokens)
-                if delta.finish_reason is not None:
-                    assert key not in self.reasons
-                    self.reasons[key] = delta.finish_reason
-            for sequence in outputs.first:
-                sequence.first_output = 1.0
-        return plan
-
-    def run(self, most: int = 5000) -> None:
-        for _ in range(most):
-            if not self.step():
-                assert not self.scheduler.waiting
-                assert not self.scheduler.running
-                assert self.pool.leaks() == []
-                return
-        pytest.fail("the scheduler does not come to an end")
-
-    def _check(self, plan: Plan) -> None:
-        scheduler, running = self.scheduler, self.scheduler.running
-        assert sum(plan.values()) <= self.limits.max_num_batched_tokens
-        assert len(running) <= self.limits.max_num_seqs
-        assert all(count > 0 and s.status is Status.RUNNING for s, count in plan.items())
-        assert [s.arrival for s in running] == sorted(s.arrival for s in running)
-        assert [s.arrival for s in scheduler.waiting] == sorted(s.arrival for s in scheduler.waiting)
-        if running:
-            assert running[0] in plan, "the oldest must progress"
-            assert all(s in plan for s in running if s.num_pending == 1), "every decode must progress"
-        held = [block for s in running for block in s.blocks]
-        for block in range(self.pool.num_blocks):
-            assert self.pool.num_references(block) == held.count(block)
-        for s, count in plan.items():
-            assert len(s.blocks) * self.limits.block_size >= s.num_computed + count
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bench(fake_executor: type) -> Callable[..., Bench]:
-    return lambda *args, **limits: Bench(fake_executor, *args, **limits)
+    return lambda num_blocks=100, **limits: Bench(
+        fake_executor(num_blocks, limits.get("block_size", 4), chunks=limits.get("kv_chunks", (None,))), **limits
+    )
 
 
 REQUESTS = st.lists(
@@ -90,36 +32,44 @@ REQUESTS = st.lists(
 
 
 @settings(max_examples=120, deadline=None)
-@given(requests=REQUESTS, num_blocks=st.integers(13, 40), budget=st.integers(1, 40), caching=st.booleans())
+@given(
+    requests=REQUESTS,
+    num_blocks=st.integers(13, 40),
+    budget=st.integers(1, 40),
+    caching=st.booleans(),
+    chunks=st.sampled_from([(None,), (None, 8), (None, 6, 6), (None, None, 10)]),
+)
 def test_everything_finishes_with_its_own_tokens_whatever_the_pressure(
-    fake_executor: type,
+    bench: Callable[..., Bench],
     request_of: Callable[..., EngineRequest],
     completion_of: Callable[[list[int], int], list[int]],
     requests: list[tuple[list[int], int, int, int, int]],
     num_blocks: int,
     budget: int,
     caching: bool,
+    chunks: tuple[int | None, ...],
 ) -> None:
-    bench = Bench(fake_executor, num_blocks, max_num_batched_tokens=budget, enable_prefix_caching=caching)
+    """num_blocks: of each group."""
+    b = bench(num_blocks * len(chunks), max_num_batched_tokens=budget, enable_prefix_caching=caching, kv_chunks=chunks)
     step, aborts = 0, []
     expected: dict[tuple[str, int], list[int]] = {}
     for number, (prompt, max_tokens, n, pause, patience) in enumerate(requests):
-        choices = bench.scheduler.add(request_of(str(number), prompt, max_tokens, n=n))
+        choices = b.scheduler.add(request_of(str(number), prompt, max_tokens, n=n))
         if patience:
             aborts.append((step + patience, choices))
         else:
             expected |= {(str(number), index): completion_of(prompt, max_tokens) for index in range(n)}
         for _ in range(pause):
-            bench.step()
+            b.step()
             step += 1
             for due, victims in aborts:
                 if due == step:
-                    bench.scheduler.remove(victims)
+                    b.scheduler.remove(victims)
     for _, victims in aborts:
-        bench.scheduler.remove(victims)
-    bench.run()
-    assert {key: bench.outputs[key] for key in expected} == expected
-    assert all(bench.reasons[key] == "length" for key in expected)
+        b.scheduler.remove(victims)
+    b.run()
+    assert {key: b.outputs[key] for key in expected} == expected
+    assert all(b.reasons[key] == "length" for key in expected)
 
 
 def test_first_tokens_come_in_order_of_arrival(bench: Callable[..., Bench], request_of: Callable) -> None:
@@ -203,9 +153,10 @@ def test_choices_share_the_blocks_of_their_prompt(bench: Callable[..., Bench], r
     choices = b.scheduler.add(request_of("r", list(range(17)), 3, n=4))
     b.step()
     b.step()
-    assert all(choice.blocks[:4] == choices[0].blocks[:4] for choice in choices)
-    assert len({choice.blocks[4] for choice in choices}) == 4
-    assert [b.pool.num_references(block) for block in choices[0].blocks] == [4, 4, 4, 4, 1]
+    [first], *others = [choice.blocks for choice in choices]
+    assert all(blocks[:4] == first[:4] for [blocks] in others)
+    assert len({first[4], *(blocks[4] for [blocks] in others)}) == 4
+    assert [b.pool.num_references(block) for block in first] == [4, 4, 4, 4, 1]
     assert b.executor.num_tokens == 17 + 1 + 3
 
 
