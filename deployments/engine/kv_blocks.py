@@ -30,7 +30,7 @@ class KVBlocks:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that `grow` would take."""
-        wanted = self.num_blocks(num_tokens)
+        wanted = -(-num_tokens // self._size)
         if wanted <= len(sequence.blocks[-1]):  # no group has fewer
             return 0
         return sum(max(0, wanted - len(blocks)) for blocks in sequence.blocks)
@@ -66,13 +66,13 @@ class KVBlocks:
 
     def computed(self, sequence: Sequence) -> None:
         """Publishes the blocks that are full now, gives back those that nothing will see again."""
-        if sequence.num_computed // self._size > sequence.num_published:
-            self._publish(sequence)
+        full = sequence.num_computed // self._size
+        if full > sequence.num_published:
+            self._publish(sequence, full)
         if self._chunk is not None:
             self._release_unseen(sequence)
 
-    def _publish(self, sequence: Sequence) -> None:
-        full = sequence.num_computed // self._size
+    def _publish(self, sequence: Sequence, full: int) -> None:
         hashes = sequence.hashes(full, self._size)
         for group, blocks in enumerate(sequence.blocks):
             for index in range(sequence.num_published, full):

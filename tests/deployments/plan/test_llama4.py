@@ -104,6 +104,14 @@ def test_the_examples_fit_their_gpus(name: str) -> None:
     assert planned.memory.rank == planned.memory.server == 80 * 10**9
 
 
+def test_chunked_layers_leave_room_for_more_long_sequences() -> None:
+    """Of 48 layers 12 keep all 131,072 tokens, 36 a chunk of 8,192 and a step of 1,024; 160 GiB over all ranks."""
+    [planned] = plan(CONFIGS / "llama4-scout.yaml", Given())
+    token = 2 * 8 * 128 * 2  # keys and values of a layer, bfloat16
+    assert planned.kv_tokens == 160 * 2**30 // (48 * 16 * token) * 16
+    assert planned.kv_sequences == pytest.approx(160 * 2**30 / (token * (12 * 131072 + 36 * (8192 + 1024))), rel=1e-4)
+
+
 @pytest.mark.parametrize(("name", "text"), [("llama4-scout", SCOUT), ("llama4-maverick", MAVERICK)])
 def test_the_model_yaml_says_what_config_json_says(name: str, text: dict[str, Any], tmp_path: Path) -> None:
     config = Llama4Config(text_config=text, vision_config=VISION).to_dict()
