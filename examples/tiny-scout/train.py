@@ -14,6 +14,7 @@ from tiny_scout.architecture import tiny_scout
 from tiny_scout.checkpoint import save
 from tiny_scout.conversation import ChatFormat
 from tiny_scout.encoder import train_encoder
+from tiny_scout.experts import initialize_experts
 from tiny_scout.report import print_report
 from tiny_scout.training import Settings, train
 from tiny_scout.vocabulary import train_tokenizer
@@ -33,6 +34,7 @@ def main() -> None:
     train_tokenizer(arguments.out)
     tokenizer = open_tokenizer(str(arguments.out))
     model = LLM(tiny_scout(tokenizer.vocab_size))
+    initialize_experts(model)
     assert model.args.vision_args is not None
     chat = ChatFormat(tokenizer, model.args.vision_args.tokens_per_tile)
     console.print(
@@ -49,7 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the checkpoint (%(default)s)")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="of the whole model (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     return parser.parse_args()
 

@@ -1,7 +1,8 @@
-"""configs/tiny-scout.yaml over HTTP: it reads and adds digits that it has never seen."""
+"""configs/tiny-scout.yaml over HTTP: it reads and adds digits it has never seen, and is lost without its experts."""
 
 import asyncio
 import base64
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,43 @@ import httpx
 import pytest
 import yaml
 from tiny_scout import digits
+from tiny_scout.answering import MAX_TOKENS, load
+from tiny_scout.checkpoint import save
 from tiny_scout.dialogues import Dialogue
+from tiny_scout.experts import freeze_router, shuffle_experts
 from tiny_scout.held_out import Exam, singles, sums
 
+from model import LLM
+
 ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "examples/tiny-scout/checkpoint"
 CONCURRENCY = 16
+SAMPLE = digits.HELD_OUT[:120]
+ABLATIONS: dict[str, Callable[[LLM], None]] = {
+    "experts-shuffled": shuffle_experts,
+    "router-frozen-at-0": lambda model: freeze_router(model, 0),
+    "router-frozen-at-5": lambda model: freeze_router(model, 5),
+}
 
 
 @pytest.fixture(scope="module")
-def url(start_stack: Callable[[dict[str, Any]], str]) -> str:
-    config = yaml.safe_load((ROOT / "configs/tiny-scout.yaml").read_text())
-    return start_stack(config["applications"][0]["args"])
+def url(start_stack: Callable[[dict[str, Any]], str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model as it is and, beside it, checkpoints of it with its experts taken away."""
+    args = yaml.safe_load((ROOT / "configs/tiny-scout.yaml").read_text())["applications"][0]["args"]
+    whole = args["models"][0]
+    for name, ablate in ABLATIONS.items():
+        folder = tmp_path_factory.mktemp(name)
+        save_ablated(ablate, folder)
+        args["models"].append(whole | {"id": name, "path": str(folder)})
+    return start_stack(args)
+
+
+def save_ablated(ablate: Callable[[LLM], None], folder: Path) -> None:
+    """A checkpoint like the original's, but for what `ablate` does to the weights."""
+    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
+    model, chat = load(CHECKPOINT)
+    ablate(model)
+    save(model, folder, chat.image_tokens.patch)
 
 
 def with_images(dialogue: Dialogue, indices: list[int]) -> Iterator[dict[str, Any]]:
@@ -35,22 +62,24 @@ def with_images(dialogue: Dialogue, indices: list[int]) -> Iterator[dict[str, An
         yield message
 
 
-async def accuracy(url: str, exam: Exam) -> float:
-    """The share of dialogues that the server answers word for word."""
+async def accuracy(url: str, exam: Exam, model: str = "tiny-scout") -> float:
+    """The share of dialogues that the server answers word for word. Ablated models may not find an end."""
     turn = asyncio.Semaphore(CONCURRENCY)
 
     async def is_right(client: httpx.AsyncClient, dialogue: Dialogue, indices: list[int]) -> bool:
-        body = {"model": "tiny-scout", "messages": list(with_images(dialogue, indices)), "temperature": 0}
+        messages = list(with_images(dialogue, indices))
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
         async with turn:
             response = await client.post("/v1/chat/completions", json=body)
         choice = response.raise_for_status().json()["choices"][0]
-        assert choice["finish_reason"] == "stop"
-        return bool(choice["message"]["content"] == dialogue.turns[-1].answer)
+        is_whole = choice["finish_reason"] == "stop"
+        assert is_whole or model in ABLATIONS
+        return is_whole and choice["message"]["content"] == dialogue.turns[-1].answer
 
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         right = await asyncio.gather(*(is_right(client, *question) for question in exam))
     share = sum(right) / len(right)
-    print(f"{share:.1%} of {len(right)} answered word for word")
+    print(f"{model}: {share:.1%} of {len(right)} answered word for word")
     return share
 
 
@@ -60,3 +89,12 @@ async def test_it_reads_digits(url: str) -> None:
 
 async def test_it_adds_two_digits(url: str) -> None:
     assert await accuracy(url, sums(digits.HELD_OUT)) >= 0.90
+
+
+@pytest.mark.parametrize("model", ABLATIONS)
+async def test_without_its_experts_it_is_lost(url: str, model: str) -> None:
+    """Tokens meet experts still, only wrong ones; attention and shared experts are intact. tests/examples has all 15
+    ways to be wrong.
+    """
+    assert await accuracy(url, singles(SAMPLE), model) < 0.45
+    assert await accuracy(url, sums(SAMPLE), model) < 0.40

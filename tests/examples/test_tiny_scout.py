@@ -1,6 +1,7 @@
 """tiny-scout reads digits it has never seen, its experts do the work, and its training trains all of it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_scout.architecture import tiny_scout
 from tiny_scout.checkpoint import save
 from tiny_scout.conversation import Batch, image_settings, model_input
 from tiny_scout.dialogues import IMAGE, Dialogue, Turn, about_one, reading
-from tiny_scout.experts import expert_use, freeze_router, moe_layers, shuffle_experts
+from tiny_scout.experts import expert_use, freeze_router, moe_layers, shuffle_experts, silence_experts
 from tiny_scout.held_out import accuracy, singles, sums
 from tiny_scout.optimization import Optimizer
 from tiny_scout.training import Settings, losses, training_batches
@@ -64,15 +65,24 @@ def test_it_adds_two_digits(loaded):
     assert accuracy(model, chat, sums(SAMPLE)) >= 0.90
 
 
-@pytest.mark.parametrize(
-    "ablate",
-    [shuffle_experts, *(lambda model, e=expert: freeze_router(model, e) for expert in (0, 3, 7))],
-    ids=["experts shuffled", "router frozen at 0", "at 3", "at 7"],
-)
-def test_without_its_experts_it_is_lost(loaded, ablate):
-    model, chat = loaded
-    ablate(model)
-    assert accuracy(model, chat, sums(SAMPLE[:60])) < 0.4
+ABLATIONS = {
+    "shuffled": [partial(shuffle_experts, places=places) for places in range(1, 8)],
+    "frozen": [partial(freeze_router, expert=expert) for expert in range(8)],
+    "silent": [silence_experts],
+}
+
+
+@pytest.mark.parametrize("ablations", ABLATIONS.values(), ids=ABLATIONS)
+def test_without_its_experts_it_is_lost(ablations):
+    """Sums always. Single digits in the mean: two of the 15 ways to choose the wrong expert still read most of them."""
+    read = []
+    for ablate in ablations:
+        model, chat = load(CHECKPOINT)
+        ablate(model)
+        read.append(accuracy(model, chat, singles(SAMPLE[:60])))
+        assert accuracy(model, chat, sums(SAMPLE[:60])) < 0.4
+    assert sum(read) / len(read) < 0.3, read
+    assert sorted(read)[len(read) // 2] < 0.2, read
 
 
 def test_every_expert_of_every_layer_is_used(loaded):

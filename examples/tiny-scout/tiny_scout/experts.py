@@ -7,11 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from model import LLM
-from model.moe import MoE
+from model.moe import LocalExperts, MoE
 
 
 def moe_layers(model: LLM) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+@torch.no_grad()
+def initialize_experts(model: LLM) -> None:
+    """Draws routed experts anew with deviation 1 / sqrt(inputs), so that what they add matters from the start.
+
+    `LLM` starts them 4 to 14 times smaller. Then attention learns to carry a digit to its answer past all experts,
+    and single digits are read whichever expert a token meets.
+    """
+    for moe in moe_layers(model):
+        for weight in moe.experts.parameters():
+            weight.normal_(std=weight.shape[1] ** -0.5)
 
 
 @contextmanager
@@ -65,11 +77,11 @@ def expert_use(model: LLM) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def shuffle_experts(model: LLM) -> None:
-    """Every expert of each layer moves to the next place: routers now choose the wrong one."""
+def shuffle_experts(model: LLM, places: int = 1) -> None:
+    """Every expert of each layer moves so many places on: routers now choose the wrong one."""
     for moe in moe_layers(model):
         for weight in moe.experts.parameters():
-            weight.copy_(weight.roll(1, dims=0))
+            weight.copy_(weight.roll(places, dims=0))
 
 
 @torch.no_grad()
@@ -79,3 +91,19 @@ def freeze_router(model: LLM, expert: int) -> None:
         moe.router_DE.copy_(moe.router_DE[:, expert : expert + 1].expand_as(moe.router_DE))
         for weight in moe.experts.parameters():
             weight.copy_(weight[expert].expand_as(weight))
+
+
+@torch.no_grad()
+def silence_experts(model: LLM) -> None:
+    """Routed experts add nothing: attention and shared experts are left."""
+    for moe in moe_layers(model):
+        assert isinstance(moe.experts, LocalExperts)
+        moe.experts.w2.zero_()
+
+
+@torch.no_grad()
+def silence_shared_experts(model: LLM) -> None:
+    """Shared experts add nothing."""
+    for moe in moe_layers(model):
+        assert moe.shared_expert is not None
+        moe.shared_expert.w2.weight.zero_()

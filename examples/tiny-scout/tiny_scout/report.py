@@ -1,6 +1,7 @@
 """The table of results on held-out digits, of a checkpoint as it is and with its experts taken away."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -9,14 +10,21 @@ from rich.table import Table
 from model import LLM
 from tiny_scout import digits
 from tiny_scout.answering import load
-from tiny_scout.experts import expert_use, freeze_router, shuffle_experts
+from tiny_scout.experts import (
+    expert_use,
+    freeze_router,
+    shuffle_experts,
+    silence_experts,
+    silence_shared_experts,
+)
 from tiny_scout.held_out import accuracy, comparisons, singles, sums
 
 NUM_DIGITS_ABLATED = 120
 ABLATIONS: dict[str, Callable[[LLM], None]] = {
-    "experts shuffled": shuffle_experts,
-    "router frozen at expert 0": lambda model: freeze_router(model, 0),
-    "router frozen at expert 5": lambda model: freeze_router(model, 5),
+    **{f"experts moved on by {n}": partial(shuffle_experts, places=n) for n in range(1, 8)},
+    **{f"router frozen at expert {n}": partial(freeze_router, expert=n) for n in range(8)},
+    "no routed experts": silence_experts,
+    "no shared experts": silence_shared_experts,
 }
 
 
