@@ -4,9 +4,10 @@ Ranks are numbered stage by stage; those of one stage share its layers. What eac
 groups runs over follows from the hosts of its ranks (`backend`), the same on every rank.
 """
 
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -119,6 +120,7 @@ class Transport(Protocol):
     """What carries frames from rank 0 to all ranks (of `World`)."""
 
     def broadcast(self, x: Tensor, root: int) -> Tensor: ...
+    def all_reduce(self, x: Tensor) -> Tensor: ...
     def barrier(self) -> None: ...
     def set_deadline(self, seconds: float) -> None: ...
     def abort(self) -> None: ...
@@ -132,11 +134,14 @@ class TorchTransport:
         self._group, self._aborted = group, False
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        self._check()
-        try:
+        with self._answered():
             dist.broadcast(x, root, self._group)
-        except RuntimeError as error:
-            raise RankLost(f"a rank did not answer: {error}") from error
+        return x
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in x."""
+        with self._answered():
+            dist.all_reduce(x, group=self._group)
         return x
 
     def barrier(self) -> None:
@@ -148,9 +153,14 @@ class TorchTransport:
     def abort(self) -> None:
         self._aborted = True
 
-    def _check(self) -> None:
+    @contextlib.contextmanager
+    def _answered(self) -> Iterator[None]:
         if self._aborted:
             raise RankLost("the group was aborted")
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankLost(f"a rank did not answer: {error}") from error
 
 
 class World:

@@ -4,7 +4,8 @@ The group lives and dies as one. A rank that dies is noticed within a fraction o
 every other of its host; one that freezes, or is on a host that cannot be reached, by whoever waits
 for it and gets no sign of life for `rank_timeout_s`. One that computes for long gives them through shared
 memory; gloo knows none, so that between hosts a step must not take longer than that. Then followers
-end their processes, and `on_lost` of the leader is called, which should do the same.
+end their processes, and `on_lost` of the leader is called, which should do the same. Experts on servers that do not
+answer cost a step, not the group (step_faults.py).
 """
 
 import contextlib
@@ -20,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.experts.client import ExpertsUnavailable
 from cluster.frames import Frame, Kind, receive, send
 from cluster.parallel import World
 from cluster.shard import Shard
 from cluster.shared_memory import RankLost
+from cluster.step_faults import StepFaults
 from cluster.watch import Watch
 from model.datatypes import PagedBatch
 from model.sampling import SampledTokens, SamplingBatch, sample
@@ -58,7 +61,7 @@ class ShardGroup:
         options: of `Shard`. Raises what it raises, and RankLost when a follower did not get there.
         """
         try:
-            self._shard = _loaded(self._world, options)
+            self._shard, self._faults = _loaded(self._world, options)
         except RankLost as error:
             raise RankLost(self._reason or str(error)) from error
         self._world.set_deadline(self._rank_timeout_s)
@@ -85,13 +88,17 @@ class ShardGroup:
             self._on_lost(reason)
 
     def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens:
-        """As `Shard.step`. Raises RankLost."""
+        """As `Shard.step`. Raises RankLost, and ExpertsUnavailable, after which the next step may be another."""
         return sample(self.logits(batch), sampling)
 
     def logits(self, batch: PagedBatch) -> Tensor:
         """As `Shard.logits`."""
         with self._together(Frame(Kind.STEP, batch)):
-            return self._shard.logits(batch)
+            logits = self._shard.logits(batch)
+            fault = self._faults.agreed()
+        if fault:
+            raise ExpertsUnavailable(fault)
+        return logits
 
     def encode_image(self, tiles: NDArray[np.uint8]) -> Tensor:
         """As `Shard.encode_image`."""
@@ -137,28 +144,34 @@ def follow(world: World, options: dict[str, Any], rank_timeout_s: float) -> None
     world.set_deadline(LOADING_SECONDS)
     watch = Watch(world.neighbours(), lambda rank, pid: _end(world, f"rank {rank} (pid {pid}) has died"))
     try:
-        shard = _loaded(world, options)
+        shard, faults = _loaded(world, options)
     except RankLost as error:
         _end(world, str(error))
     # The leader beats once a second; it may be late, and so may be its beat.
     world.set_deadline(rank_timeout_s + BEAT_SECONDS)
     try:
         while (frame := receive(world.frames)).kind is not Kind.STOP:
-            _obey(shard, frame)
+            _obey(shard, faults, frame)
     except Exception as error:  # whatever it is, this rank is no longer where the others are
         _end(world, f"{type(error).__name__}: {error}")
     watch.stop()
 
 
-def _loaded(world: World, options: dict[str, Any]) -> Shard:
+def _loaded(world: World, options: dict[str, Any]) -> tuple[Shard, StepFaults]:
+    faults, experts = StepFaults(world), options.get("experts")
+    if experts is not None:
+        options = options | {"experts": lambda: faults.guard(experts())}
     shard = Shard(**options, ranks_on_host=len(world.layout.neighbours(world.rank)))
     world.frames.barrier()
-    return shard
+    if fault := faults.agreed():
+        raise ExpertsUnavailable(fault)
+    return shard, faults
 
 
-def _obey(shard: Shard, frame: Frame) -> None:
+def _obey(shard: Shard, faults: StepFaults, frame: Frame) -> None:
     if frame.batch is not None:
         shard.logits(frame.batch)
+        faults.agreed()
     elif frame.tiles is not None and shard.sees:
         shard.encode_image(frame.tiles.numpy())
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from cluster.experts.client import ExpertsUnavailable
 from cluster.experts.weights import HeldExperts
 from cluster.frames import Frame, Kind, decode, encode
 from cluster.parallel import Layout, Rendezvous, World, backend, open_store
@@ -205,6 +206,66 @@ def test_bits_do_not_depend_on_company_where_ranks_share_whole_experts(models) -
     case = options(models["irope"], "bfloat16") | {"experts": functools.partial(whole_experts, models["irope"])}
     ((_, _, _, _, alone_is_equal),) = run_group(2, 1, [case])
     assert alone_is_equal
+
+
+class FragileExperts(WholeExperts):
+    """They are gone while there is a file."""
+
+    gone: Path
+
+    def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor) -> Any:
+        return self if self.gone.exists() else super().submit(x_kD, experts_k)
+
+    def wait(self) -> torch.Tensor:
+        raise ExpertsUnavailable(f"no server for {self.gone.name}")
+
+
+def fragile_experts(path: str, gone: Path) -> ExpertsOfLayer:
+    whole = whole_experts(path)
+
+    def of_layer(layer: int) -> FragileExperts:
+        experts = FragileExperts(whole(layer).held, layer)
+        experts.gone = gone
+        return experts
+
+    return of_layer
+
+
+def run_fragile_rank(rank: int, layout: Layout, address: str, path: str, folder: Path) -> Any:
+    """On rank 0: tokens before and after experts of each rank were gone, and what the steps in between raised."""
+    world = World(layout, rank, address, start_seconds=60)
+    case = options(path, "bfloat16") | {"experts": functools.partial(fragile_experts, path, folder / f"rank-{rank}")}
+    if rank:
+        return follow(world, case, rank_timeout_s=20)
+    lost: list[str] = []
+    group = ShardGroup(world, rank_timeout_s=20, on_lost=lost.append)
+    group.load(case)
+    answers, raised = [greedy(group, PROMPTS, 4)[0]], []
+    for other in range(layout.size):
+        (folder / f"rank-{other}").touch()
+        with pytest.raises(ExpertsUnavailable) as error:
+            greedy(group, PROMPTS, 4)
+        raised.append(str(error.value))
+        (folder / f"rank-{other}").unlink()
+        answers.append(greedy(group, PROMPTS, 4)[0])
+    group.stop()
+    return answers, raised, lost
+
+
+@pytest.mark.skipif(not cpu.available(), reason="needs a CPU with AVX512-BF16 and a C++ compiler")
+@pytest.mark.parametrize(
+    ("tensor", "hosts"), [(2, ["here"] * 2), (2, ["one", "other"]), (1, ["here"] * 2)], ids=["tp2", "gloo", "pp2"]
+)
+def test_experts_that_are_gone_cost_the_step_and_not_the_group(models, tmp_path, tensor, hosts) -> None:
+    """Which of two ranks finds no server for its experts makes no difference."""
+    layout, rendezvous = Layout(tensor, 2 // tensor, tuple(hosts)), Rendezvous()
+    try:
+        answers, raised, lost = on_ranks(2, run_fragile_rank, layout, rendezvous.address, models["irope"], tmp_path)[0]
+    finally:
+        rendezvous.close()
+    assert raised == [f"no server for rank-{rank}" for rank in range(2)]
+    assert answers == answers[:1] * 3
+    assert not lost
 
 
 @pytest.mark.skipif(not GGUF.exists(), reason="needs `make model`")
