@@ -62,12 +62,18 @@ class EngineConfig(_Config):
     """Deploy even though no node has room for a rank now: an autoscaler will bring one."""
 
     @model_validator(mode="after")
-    def _bundles_are_of_several(self) -> "EngineConfig":
-        if "bundle_per_rank" in self.model_fields_set and not self.bundles:
-            raise ValueError(
-                "bundle_per_rank has no effect on one rank (tensor_parallel_size and pipeline_parallel_size are 1); "
-                "remove it, and set ray_actor_options of the engine's deployment"
-            )
+    def _keys_have_an_effect(self) -> "EngineConfig":
+        remedies = {
+            "bundle_per_rank": "set ray_actor_options of the engine's deployment",
+            "rank_timeout_s": "front.heartbeat_timeout_s says when an engine is taken for frozen",
+            "wait_for_nodes": "Ray places one rank as soon as there is room",
+        }
+        for key, remedy in remedies.items():
+            if key in self.model_fields_set and not self.bundles:
+                raise ValueError(
+                    f"{key} has no effect on one rank (tensor_parallel_size and pipeline_parallel_size are 1); "
+                    f"remove it: {remedy}"
+                )
         return self
 
     @property

@@ -85,13 +85,13 @@ class Engine:
         gc.freeze()
         self._loop.start(thread)
         loop = self._loop  # the heartbeat's thread must not keep this object alive
-        self._heartbeat = Heartbeat(self._replica["replica_id"], lambda: loop.fronts)
+        self._heartbeat = Heartbeat(self._replica["replica_id"], lambda: loop.fronts, loop.lose_front)
         logger.info("engine of %s ready in %.1f s", config.id, time.monotonic() - begun)
 
     async def generate(self, request: EngineRequest) -> None:
         """Returns when the request is done; its tokens go to `request.reply_to`. Cancelling aborts it.
 
-        Raises QueueFull, RequestTooLong, StepFailed, ExpertsGone or EngineStopping.
+        Raises QueueFull, RequestTooLong, StepFailed, ExpertsGone, FrontLost or EngineStopping.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()

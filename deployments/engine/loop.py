@@ -29,6 +29,7 @@ from deployments.engine.request import (
     EngineRequest,
     EngineStopping,
     ExpertsGone,
+    FrontLost,
     QueueFull,
     StepFailed,
     VisionDescription,
@@ -83,6 +84,7 @@ class StepLoop:
         self._wake = threading.Condition()
         self._arriving: list[_Request] = []
         self._aborting: list[str] = []
+        self._lost_fronts: list[Address] = []
         self._requests: dict[str, _Request] = {}
         self._stopping = False
         self._consecutive_failures = 0
@@ -141,6 +143,12 @@ class StepLoop:
             self._aborting.append(request_id)
             self._wake.notify()
 
+    def lose_front(self, front: Address) -> None:
+        """Fails the requests of a front that cannot be reached, before the next step."""
+        with self._wake:
+            self._lost_fronts.append(front)
+            self._wake.notify()
+
     def _check_queue(self) -> None:
         waiting = sum(not entry.choices or entry.choices[0].is_unstarted for entry in list(self._requests.values()))
         free = self._scheduler.max_running - len(self._scheduler.running)
@@ -156,16 +164,29 @@ class StepLoop:
     def _wait_for_work(self) -> bool:
         """Takes what was handed over; sleeps when there is nothing to do. False when it is time to stop."""
         with self._wake:
-            while not (self._stopping or self._arriving or self._aborting or self._has_sequences()):
+            while not (self._stopping or self._handed_over or self._has_sequences()):
                 self._check_idle()
                 self._wake.wait()
             arriving, self._arriving = self._arriving, []
             aborting, self._aborting = self._aborting, []
+            lost, self._lost_fronts = self._lost_fronts, []
         for entry in arriving:
             self._admit(entry)
         for request_id in aborting:
             self._drop(request_id)
+        for front in set(lost):
+            self._fail_front(front)
         return not self._stopping
+
+    @property
+    def _handed_over(self) -> bool:
+        return bool(self._arriving or self._aborting or self._lost_fronts)
+
+    def _fail_front(self, front: Address) -> None:
+        waiting = [entry for entry in self._requests.values() if entry.request.reply_to == front]
+        if waiting:
+            logger.warning("front at %s cannot be reached: its %d requests end", front.endpoint, len(waiting))
+            self._fail(waiting, FrontLost(f"no connection to the front at {front.endpoint}"))
 
     def _has_sequences(self) -> bool:
         return bool(self._scheduler.running or self._scheduler.waiting)

@@ -12,10 +12,11 @@ IDLE_SECONDS = 60.0
 
 
 class Mailing:
-    """Outboxes by front. One thread owns it. engine: the replica's id, which goes with every message."""
+    """Outboxes by front. One thread owns it. engine: the replica's id, which goes with every message. is_watched: of
+    the outboxes."""
 
-    def __init__(self, engine: str) -> None:
-        self._engine = engine
+    def __init__(self, engine: str, *, is_watched: bool = False) -> None:
+        self._engine, self._is_watched = engine, is_watched
         self._outboxes: dict[str, Outbox] = {}
         self._used: dict[str, float] = {}
         self._encode = msgspec.msgpack.Encoder().encode
@@ -27,11 +28,15 @@ class Mailing:
         for address, of_front in deltas.items():
             outbox = self._outboxes.get(address.name)
             if outbox is None:
-                outbox = self._outboxes[address.name] = Outbox(address)
+                outbox = self._outboxes[address.name] = Outbox(address, is_watched=self._is_watched)
             self._used[address.name] = now
             outbox.send(self._encode(StepMessage(of_front, self._engine)))
         if now > self._next_sweep:
             self._close_idle(now)
+
+    def reaches(self, address: Address) -> bool:
+        """Whether there is a connection to this front, which was sent something before. Of watched outboxes."""
+        return self._outboxes[address.name].is_connected
 
     def close(self) -> None:
         for outbox in self._outboxes.values():

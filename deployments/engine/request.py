@@ -154,6 +154,10 @@ class ExpertsGone(RuntimeError):
     another engine would ask the same servers. The message names the experts."""
 
 
+class FrontLost(RuntimeError):
+    """The engine could not reach the front that asked; if that lives after all, another engine may."""
+
+
 class EngineStopping(RuntimeError):
     """The engine is shutting down; another may take the request."""
 

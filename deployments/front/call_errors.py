@@ -2,7 +2,7 @@
 
 from ray.serve.exceptions import BackPressureError
 
-from deployments.engine.request import EngineStopping, ExpertsGone, QueueFull, RequestTooLong, StepFailed
+from deployments.engine.request import EngineStopping, ExpertsGone, FrontLost, QueueFull, RequestTooLong, StepFailed
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
 from deployments.front.replay import EngineLeft, EngineLost
 
@@ -23,7 +23,7 @@ def translated(error: Exception, model: str, engine: str) -> Exception:
         return EngineUnavailable(f"Engine replica {engine}: {cause}")
     if isinstance(cause, EngineStopping):
         return EngineLeft(f"Engine replica {engine}: {cause}")
-    if isinstance(cause, StepFailed):
+    if isinstance(cause, StepFailed | FrontLost):
         return EngineLost(f"Engine replica {engine}: {cause}")
     if cause is None:
         return EngineLost(f"Engine replica {engine} was lost ({type(error).__name__})")

@@ -38,6 +38,8 @@ def test_hub_locations_stay() -> None:
             args(engine={"bundle_per_rank": {"CPU": 4}}),
             r"models\[0\]\.engine: bundle_per_rank has no effect on one rank .*ray_actor_options",
         ),
+        (args(engine={"rank_timeout_s": 5}), r"rank_timeout_s has no effect on one rank .*front.heartbeat_timeout_s"),
+        (args(engine={"wait_for_nodes": True}), r"wait_for_nodes has no effect on one rank"),
         (args(id="a/b"), r"models\[0\]\.id"),
         ({"models": []}, "models"),
         ({"models": args()["models"] * 2}, "two models have the same id: m, m"),
