@@ -1,17 +1,22 @@
-"""Expert servers behind HTTP: one is killed, one freezes, their number changes; no client sees more than a pause."""
+"""Expert servers behind HTTP: they are killed, freeze, change in number; no client sees more than a pause."""
 
 import asyncio
+import itertools
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from benchmarks.soak_experts import CONFIG, Disturbance, Target, load, prompts_of, serve_config, soak
+from tests.e2e.streams import together
 from tests.stack import ROOT, Stack
 
 MODEL = "smollm2-moe"
@@ -40,6 +45,73 @@ async def test_a_death_and_a_freeze_cost_nothing(stack: Stack) -> None:
     assert report["failovers"] >= 1
     assert max(disturbance.restored) < 15
     assert report["longest_ms"] < report["calm_p99_ms"] + 1000  # 300 on a quiet machine: `make soak-experts`
+
+
+def streams_of(count: int, max_tokens: int) -> list[dict[str, Any]]:
+    common = {"model": MODEL, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    return [common | {"prompt": f"Story number {number}. Once upon a time an eel"} for number in range(count)]
+
+
+def cluster(stack: Stack) -> dict[str, Any]:
+    return dict(httpx.get(f"{stack.url}/cluster", timeout=30).raise_for_status().json())
+
+
+@pytest.mark.timeout(280)
+async def test_both_copies_of_an_expert_die_and_streams_go_on(stack: Stack) -> None:
+    """They pause until the directory has had the expert loaded elsewhere."""
+    target, requests = Target(stack, MODEL), streams_of(8, 160)
+    await asyncio.to_thread(wait_for_servers, target, 4)
+    before = await together(stack.url, requests)
+    servers = (await asyncio.to_thread(cluster, stack))["experts"]
+    holds = {server["pid"]: {tuple(unit) for unit in server["experts"]} for server in servers}
+    both = max(itertools.combinations(holds, 2), key=lambda pair: len(holds[pair[0]] & holds[pair[1]]))
+    others = set().union(*(units for pid, units in holds.items() if pid not in both))
+    gone = (holds[both[0]] & holds[both[1]]) - others
+    assert gone, "no expert is on these two servers only"
+    waits = sum(target.metrics("moray:expert_waits_total"))
+
+    async def kill_both() -> None:
+        await asyncio.sleep(1.5)
+        for pid in both:
+            os.kill(pid, signal.SIGKILL)
+
+    after = await together(stack.url, requests, kill_both)
+    longest, usual = (max(record.longest_gap for record in some) for some in (after, before))
+    print(f"{len(gone)} experts without a copy: a pause of {longest:.1f} s, {usual:.2f} s undisturbed")
+    assert sum(target.metrics("moray:expert_waits_total")) > waits
+    assert longest > 1.0
+    assert [record.content for record in after] == [record.content for record in before]
+    await asyncio.to_thread(wait_for_servers, target, 4)
+
+
+@pytest.mark.timeout(280)
+async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tmp_path: Path) -> None:
+    config = serve_config()
+    config["applications"][0]["args"]["models"][0]["experts"]["give_up_s"] = 2.0
+    stack, requests = Stack(tmp_path, config), streams_of(4, 64)
+    stack.start()
+    try:
+        before = await together(stack.url, requests)
+        engines = (await asyncio.to_thread(cluster, stack))["engines"]
+        assert len(engines[0]["ranks"]) == 3
+        servers = Target(stack, MODEL).servers()
+
+        async def freeze() -> None:
+            await asyncio.sleep(0.5)
+            for server in servers:
+                server.suspend()
+
+        begun = time.monotonic()
+        failed = await together(stack.url, requests, freeze)
+        for server in servers:
+            server.resume()
+        print(f"failed after {time.monotonic() - begun:.1f} s: {failed[0].error}")
+        assert time.monotonic() - begun < 15
+        assert all(record.error and "experts" in record.error["message"] for record in failed)
+        assert [record.content for record in await together(stack.url, requests)] == [r.content for r in before]
+        assert (await asyncio.to_thread(cluster, stack))["engines"][0]["ranks"] == engines[0]["ranks"]
+    finally:
+        stack.stop()
 
 
 @pytest.mark.timeout(600)
@@ -72,13 +144,15 @@ def deploy(stack: Stack, path: Path, num_servers: int) -> None:
     subprocess.run(command, check=True, env=environment, capture_output=True, cwd=ROOT)
 
 
-def wait_for_servers(target: Target, count: int) -> None:
+def wait_for_servers(target: Target, count: int, copies: int = 2) -> None:
     deadline = time.monotonic() + 150  # four new processes import torch beside the load
-    while target.num_servers() != count or target.fewest_copies() < 2:
-        assert time.monotonic() < deadline, f"not {count} servers with two copies of everything"
+    while target.num_servers() != count or target.fewest_copies() < copies:
+        assert time.monotonic() < deadline, f"not {count} servers with {copies} copies of everything"
         time.sleep(1)
 
 
 def test_the_example_is_what_is_tested() -> None:
-    experts = yaml.safe_load(CONFIG.read_text())["applications"][0]["deployments"][-1]
-    assert experts["num_replicas"] == 4
+    application = yaml.safe_load(CONFIG.read_text())["applications"][0]
+    (model,) = application["args"]["models"]
+    assert application["deployments"][-1]["num_replicas"] == 4
+    assert (model["engine"]["tensor_parallel_size"], model["experts"]["copies"]) == (3, 2)

@@ -18,8 +18,8 @@ from tiny_scout.experts import freeze_router, shuffle_experts
 from tiny_scout.held_out import Exam, singles, sums
 
 from model import LLM
+from tests.stack import ROOT, Stack, free_port
 
-ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "examples/tiny-scout/checkpoint"
 CONCURRENCY = 16
 SAMPLE = digits.HELD_OUT[:120]
@@ -31,15 +31,21 @@ ABLATIONS: dict[str, Callable[[LLM], None]] = {
 
 
 @pytest.fixture(scope="module")
-def url(start_stack: Callable[[dict[str, Any]], str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The model as it is and, beside it, checkpoints of it with its experts taken away."""
-    args = yaml.safe_load((ROOT / "configs/tiny-scout.yaml").read_text())["applications"][0]["args"]
-    whole = args["models"][0]
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The configuration as it is and, beside its model, checkpoints of that with its experts taken away."""
+    config = yaml.safe_load((ROOT / "configs/tiny-scout.yaml").read_text())
+    config["http_options"]["port"] = free_port()
+    application = config["applications"][0]
     for name, ablate in ABLATIONS.items():
         folder = tmp_path_factory.mktemp(name)
         save_ablated(ablate, folder)
-        args["models"].append(whole | {"id": name, "path": str(folder)})
-    return start_stack(args)
+        engine = {"dtype": "bfloat16", "kv_cache_memory": "64MiB", "num_threads": 1}
+        application["args"]["models"].append({"id": name, "path": str(folder), "engine": engine})
+        application["deployments"].append({"name": f"engine-{name}", "ray_actor_options": {"num_cpus": 0.05}})
+    stack = Stack(tmp_path_factory.mktemp("tiny-scout"), config)
+    stack.start()
+    yield stack.url
+    stack.stop()
 
 
 def save_ablated(ablate: Callable[[LLM], None], folder: Path) -> None:
@@ -81,6 +87,12 @@ async def accuracy(url: str, exam: Exam, model: str = "tiny-scout") -> float:
     share = sum(right) / len(right)
     print(f"{model}: {share:.1%} of {len(right)} answered word for word")
     return share
+
+
+def test_it_has_two_ranks_and_four_expert_servers(url: str) -> None:
+    cluster = httpx.get(f"{url}/cluster", timeout=30).json()
+    assert [len(engine["ranks"]) for engine in cluster["engines"]] == [2]
+    assert len(cluster["experts"]) == 4
 
 
 async def test_it_reads_digits(url: str) -> None:
