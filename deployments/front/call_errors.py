@@ -6,15 +6,26 @@ from deployments.engine.request import EngineStopping, ExpertsGone, FrontLost, Q
 from deployments.front.engine_client import EngineFailure, EngineUnavailable
 from deployments.front.replay import EngineLeft, EngineLost
 
+_OURS = (EngineStopping, ExpertsGone, FrontLost, QueueFull, RequestTooLong, StepFailed)
+
+
+def cause_of(error: Exception) -> BaseException | None:
+    """What the engine itself raised; None for what happened on the way.
+
+    Serve's calls wrap it in an error that has a `cause`; those that it makes over gRPC
+    (RAY_SERVE_THROUGHPUT_OPTIMIZED) raise it as it is.
+    """
+    return getattr(error, "cause", None) or (error if isinstance(error, _OURS) else None)
+
 
 def translated(error: Exception, model: str, engine: str) -> Exception:
     """QueueFull and RequestTooLong as they are; EngineLost if another engine may go on; EngineUnavailable if none
     can now; else EngineFailure.
 
-    What the engine itself raised comes with its `cause`. Everything else (actor died, connection
-    broken, call cancelled, deployment unavailable) happened on the way.
+    What is not the engine's (`cause_of`) happened on the way: actor died, connection broken, call cancelled,
+    deployment unavailable.
     """
-    cause = getattr(error, "cause", None)
+    cause = cause_of(error)
     if isinstance(cause, QueueFull | RequestTooLong):
         return cause
     if isinstance(error, BackPressureError):

@@ -18,7 +18,7 @@ from typing import Any
 from deployments.broadcast import ask_all
 from deployments.engine.request import EngineRequest, EngineStopping, PromptImage, SamplingParams, TokenDelta
 from deployments.front import placement
-from deployments.front.call_errors import translated
+from deployments.front.call_errors import cause_of, translated
 from deployments.front.engine_client import EngineUnavailable
 from deployments.front.liveness import STOPPING, Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
@@ -144,7 +144,7 @@ class RemoteEngine:
             deltas.fail(EngineLost(f"The call of engine replica {engine} was cancelled"))
             raise
         except Exception as error:
-            if isinstance(getattr(error, "cause", None), EngineStopping):
+            if isinstance(cause_of(error), EngineStopping):
                 self._liveness.suspect(engine, STOPPING)
             deltas.fail(translated(error, self._model, engine))
 

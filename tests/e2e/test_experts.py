@@ -1,6 +1,7 @@
 """Expert servers behind HTTP: they are killed, freeze, change in number; no client sees more than a pause."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -103,11 +105,14 @@ async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tm
 
         begun = time.monotonic()
         failed = await together(stack.url, requests, freeze)
+        took = time.monotonic() - begun
+        print(f"failed after {took:.1f} s: {failed[0].error}")
         for server in servers:
-            server.resume()
-        print(f"failed after {time.monotonic() - begun:.1f} s: {failed[0].error}")
-        assert time.monotonic() - begun < 15
+            with contextlib.suppress(psutil.NoSuchProcess):  # Serve may have replaced it by now
+                server.resume()
+        assert took < 15
         assert all(record.error and "experts" in record.error["message"] for record in failed)
+        await asyncio.to_thread(wait_for_servers, Target(stack, MODEL), 4)
         assert [record.content for record in await together(stack.url, requests)] == [r.content for r in before]
         assert (await asyncio.to_thread(cluster, stack))["engines"][0]["ranks"] == engines[0]["ranks"]
     finally:
