@@ -35,8 +35,8 @@ stop: setup  ## end what `make serve` started
 plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (ARGS="--gpu-memory 80GB")
 	@$(BIN)/python -m deployments.plan $(CONFIG) $(ARGS)
 
-SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_identity.py tests/e2e/test_ranks_on_hosts.py tests/examples/test_smollm2_moe.py \
-	tests/cluster/experts/test_failures.py
+SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_identity.py tests/e2e/test_ranks_on_hosts.py \
+	tests/examples/test_smollm2_moe.py tests/cluster/experts/test_failures.py
 
 test: setup-dev model $(MOE)  ## all tests but the slow ones
 	$(BIN)/python -m pytest -q --durations=15 $(addprefix --ignore=,$(SLOW_TESTS)) $(TESTS)
