@@ -144,6 +144,11 @@ def deploy(stack: Stack, path: Path, num_servers: int) -> None:
             deployment["num_replicas"] = num_servers
     path.write_text(yaml.safe_dump(config))
     dashboard = line.split(" -a ")[1].split()[0]
+    for _ in range(300):  # it comes up after the application
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(dashboard)
+            break
+        time.sleep(0.1)
     command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(path)]
     environment = stack.environment | {"RAY_AUTH_MODE": "token"}
     subprocess.run(command, check=True, env=environment, capture_output=True, cwd=ROOT)

@@ -1,7 +1,8 @@
 """Every split of a model says over HTTP what one rank with local experts says: ranks, stages, expert servers.
 
-In float32 token for token. In bfloat16 sums round differently in every split: log probabilities of the tokens of a
-prompt may differ by `TOLERANCE` on average, some three times what a split costs SmolLM2.
+In float32 token for token. In bfloat16 the sums over ranks round differently: log probabilities of the tokens of a
+prompt may differ by `TOLERANCE` on average. Three ranks of smollm2-moe were measured at 0.012, stages and expert
+servers at 0.
 """
 
 import asyncio
