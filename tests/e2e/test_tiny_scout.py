@@ -36,11 +36,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = yaml.safe_load((ROOT / "configs/tiny-scout.yaml").read_text())
     config["http_options"]["port"] = free_port()
     application = config["applications"][0]
+    one_process = {"engine": {"dtype": "bfloat16", "kv_cache_memory": "64MiB", "num_threads": 1}, "experts": None}
+    whole = application["args"]["models"][0]
     for name, ablate in ABLATIONS.items():
         folder = tmp_path_factory.mktemp(name)
         save_ablated(ablate, folder)
-        engine = {"dtype": "bfloat16", "kv_cache_memory": "64MiB", "num_threads": 1}
-        application["args"]["models"].append({"id": name, "path": str(folder), "engine": engine})
+        application["args"]["models"].append(whole | one_process | {"id": name, "path": str(folder)})
         application["deployments"].append({"name": f"engine-{name}", "ray_actor_options": {"num_cpus": 0.05}})
     stack = Stack(tmp_path_factory.mktemp("tiny-scout"), config)
     stack.start()
@@ -91,7 +92,7 @@ async def accuracy(url: str, exam: Exam, model: str = "tiny-scout") -> float:
 
 def test_it_has_two_ranks_and_four_expert_servers(url: str) -> None:
     cluster = httpx.get(f"{url}/cluster", timeout=30).json()
-    assert [len(engine["ranks"]) for engine in cluster["engines"]] == [2]
+    assert max(len(engine["ranks"]) for engine in cluster["engines"]) == 2  # the ablated ones have one
     assert len(cluster["experts"]) == 4
 
 
