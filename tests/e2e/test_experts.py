@@ -90,16 +90,18 @@ async def test_both_copies_of_an_expert_die_and_streams_go_on(stack: Stack) -> N
 async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tmp_path: Path) -> None:
     config = serve_config()
     config["applications"][0]["args"]["models"][0]["experts"]["give_up_s"] = 2.0
-    stack, requests = Stack(tmp_path, config), streams_of(4, 64)
+    stack, requests = Stack(tmp_path, config), streams_of(4, 160)
     stack.start()
     try:
         before = await together(stack.url, requests)
         engines = (await asyncio.to_thread(cluster, stack))["engines"]
         assert len(engines[0]["ranks"]) == 3
-        servers = Target(stack, MODEL).servers()
+        target = Target(stack, MODEL)
+        servers, generated = target.servers(), sum(target.metrics("vllm:generation_tokens_total"))
 
-        async def freeze() -> None:
-            await asyncio.sleep(0.5)
+        async def freeze() -> None:  # once all streams have begun: before, the answer would be 503
+            while sum(await asyncio.to_thread(target.metrics, "vllm:generation_tokens_total")) < generated + 40:
+                await asyncio.sleep(0.1)
             for server in servers:
                 server.suspend()
 
@@ -112,7 +114,7 @@ async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tm
                 server.resume()
         assert took < 15
         assert all(record.error and "experts" in record.error["message"] for record in failed)
-        await asyncio.to_thread(wait_for_servers, Target(stack, MODEL), 4)
+        await asyncio.to_thread(wait_for_servers, target, 4)
         assert [record.content for record in await together(stack.url, requests)] == [r.content for r in before]
         assert (await asyncio.to_thread(cluster, stack))["engines"][0]["ranks"] == engines[0]["ranks"]
     finally:
