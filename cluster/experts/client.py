@@ -23,7 +23,7 @@ from torch import Tensor
 from cluster.experts.following import Following
 from cluster.experts.latency import LatencyCounts
 from cluster.experts.messages import Call, Refusal, Reply, decode_answer, encode
-from cluster.experts.routes import TURNS, Segment, Turn, turns
+from cluster.experts.routes import Balance, Segment
 from cluster.experts.table import DirectoryClient, RoutingTable
 from cluster.streams import Connection, Disconnected, Frame
 
@@ -103,10 +103,9 @@ class ExpertClient:
         self._by_fd: dict[int, _Peer] = {}
         self._unnamed: list[_Peer] = []
         """No table names them any more, but calls under way there may still be answered."""
-        self._turns: dict[int, list[Turn]] = {}
+        self._balances: dict[int, Balance] = {}
         self._calls: dict[int, _Call] = {}
         self._ids = itertools.count(1)
-        self._step = 0
         self._seconds_per_row = 0.0
         self.counts = ClientCounts()
 
@@ -153,20 +152,18 @@ class ExpertClient:
         self._adopt()
         if self._table is None or layer not in self._table.layers:
             raise ExpertsNotReady(f"no expert server has told of layer {layer} yet")
-        self._step += 1
-        turn = self._turns_of(layer)[self._step // len(self._table.layers) % TURNS]
-        order, segments = turn.segments(experts_k.numpy())
+        order, segments = self._balance_of(layer).deal(experts_k.numpy())
         pending = PendingRows(self, layer, x_kD, order)
         for segment in segments:
             self._send(pending, segment, frozenset())
         return pending
 
-    def _turns_of(self, layer: int) -> list[Turn]:
-        found = self._turns.get(layer)
+    def _balance_of(self, layer: int) -> Balance:
+        found = self._balances.get(layer)
         if found is None:
             assert self._table is not None
             usable = [self._peers[server.id].is_usable for server in self._table.servers]
-            found = self._turns[layer] = turns(self._table.layers[layer], usable)
+            found = self._balances[layer] = Balance(self._table.layers[layer], usable)
         return found
 
     def _send(self, pending: "PendingRows", segment: Segment, tried: frozenset[str]) -> None:
@@ -302,7 +299,7 @@ class ExpertClient:
         if peer.is_suspect:
             logger.info("expert server %s answers again", peer.id)
             peer.is_suspect = False
-            self._turns.clear()
+            self._balances.clear()
         if call is None or pending is None or answer.id not in pending.calls:
             return  # late: another copy's answer was taken
         if isinstance(answer, Reply) and len(frame.payload) != pending.num_bytes(call.segment):
@@ -315,15 +312,14 @@ class ExpertClient:
             return
         seconds = time.monotonic() - call.sent
         self.counts.latency.setdefault(peer.id, LatencyCounts()).observe(seconds)
-        rows = call.segment.stop - call.segment.start
-        self._seconds_per_row += 0.01 * (answer.seconds / rows - self._seconds_per_row)
+        self._seconds_per_row += 0.01 * (answer.seconds / call.segment.num_rows - self._seconds_per_row)
         pending.fill(call.segment, frame.payload)
 
     def _suspect(self, peer: _Peer, seconds: float) -> None:
         if not peer.is_suspect:
             logger.warning("expert server %s did not answer for %.0f ms: others are asked", peer.id, 1000 * seconds)
             peer.is_suspect = True
-            self._turns.clear()
+            self._balances.clear()
 
     def _lose(self, peer: _Peer, why: str, pending: "PendingRows | None" = None) -> None:
         """The connection is gone; `Following` opens another when it can."""
@@ -335,7 +331,7 @@ class ExpertClient:
         del self._by_fd[fd]
         peer.connection.close()
         peer.connection, peer.is_suspect = None, False
-        self._turns.clear()
+        self._balances.clear()
         self._following.reconnect(peer.id)
         if pending is not None:
             for id in [id for id, asked in pending.calls.items() if asked is peer]:
@@ -349,7 +345,7 @@ class ExpertClient:
         update = self._following.take()
         if update is None:
             return
-        self._turns.clear()
+        self._balances.clear()
         if update.table is not None:
             self._adopt_table(update.table)
         for name, connection in update.connections:
@@ -438,7 +434,7 @@ class PendingRows:
         return self._filled is None or not self._filled[segment.start : segment.stop].all()
 
     def num_bytes(self, segment: Segment) -> int:
-        return (segment.stop - segment.start) * self._out.stride(0) * self._out.itemsize
+        return segment.num_rows * self._out.stride(0) * self._out.itemsize
 
     def fill(self, segment: Segment, payload: Tensor) -> None:
         """Takes the answer for `segment`; rows that another answer brought before stay as they are."""

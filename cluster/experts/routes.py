@@ -1,11 +1,13 @@
-"""From a routing table to where each row goes: arrays that a step reads without thinking.
+"""Where the rows of a step go: to those of an expert's copies whose servers have had the fewest rows lately.
 
-Copies of an expert take turns, step by step, in the proportions of the table. All rows that an
-expert has in a step go to one copy: its weights are read once, which is what a step of decoding costs.
+That evens out the servers as far as their copies allow, whatever the loads of experts are and however they
+shift. (Greedy balancing of tasks that only some machines can do: Azar, Naor and Rom, 1995.) Few rows
+of an expert stay together: its weights are read once, which is what a step of decoding costs. Many, as
+of a long prompt, are divided, since one server should not work while the others wait.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,10 @@ from numpy.typing import NDArray
 
 from cluster.experts.table import Copy
 
-TURNS = 8
+ROWS_TOGETHER = 64
+"""Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
+_KEEP = 0.98
+"""Of what a server had to do, so much counts still in the next step: it is forgotten over some fifty steps."""
 
 
 class Segment(NamedTuple):
@@ -25,74 +30,59 @@ class Segment(NamedTuple):
     experts: list[int]
     counts: list[int]
 
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
     def overlaps(self, other: "Segment") -> bool:
         return self.start < other.stop and other.start < self.stop
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One way of dividing a layer's experts over servers.
+class Balance:
+    """Deals the rows of one layer to servers. copies: of each expert; usable: whether a server is, by place."""
 
-    position: int64 [experts], of each expert when they are sorted by server.
-    expert_at: the inverse. server_at: int64 [experts], the server at each position, -1 for none.
-    """
+    def __init__(self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool]) -> None:
+        self._at = [[copy.server for copy in of if usable[copy.server]] for of in copies]
+        self._rows = [0.0] * len(usable)
+        """That servers were given lately."""
 
-    position: NDArray[np.int64]
-    expert_at: list[int]
-    server_at: list[int]
+    def deal(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
+        """experts: int64 [k], of each row -> the order that sorts rows by server and expert, and each server's part.
 
-    def segments(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
-        """experts: int64 [k] -> the order that sorts them by server and expert, and each server's part of it."""
-        positions = self.position[experts]
-        order = positions.argsort(kind="stable")
+        Rows whose expert has no server are in a segment of server -1.
+        """
+        counts = np.bincount(experts, minlength=len(self._at))
+        by_expert, next_row = experts.argsort(kind="stable"), (counts.cumsum() - counts).tolist()
+        pieces: list[NDArray[np.int64]] = []
         segments: list[Segment] = []
         start = 0
-        for at, count in enumerate(np.bincount(positions, minlength=len(self.expert_at)).tolist()):
-            if not count:
-                continue
-            server, stop = self.server_at[at], start + count
+        for (server, expert), count in sorted(self._choose(counts.tolist()).items()):
+            stop = start + count
+            pieces.append(by_expert[next_row[expert] : next_row[expert] + count])
+            next_row[expert] += count
             if segments and segments[-1].server == server:
                 last = segments[-1]
-                last.experts.append(self.expert_at[at])
+                last.experts.append(expert)
                 last.counts.append(count)
                 segments[-1] = last._replace(stop=stop)
             else:
-                segments.append(Segment(server, start, stop, [self.expert_at[at]], [count]))
+                segments.append(Segment(server, start, stop, [expert], [count]))
             start = stop
-        return order, segments
+        return (np.concatenate(pieces) if pieces else by_expert), segments
 
-
-def turns(copies: Sequence[Sequence[Copy]], usable: Sequence[bool], num_turns: int = TURNS) -> list[Turn]:
-    """How the rows of a layer go, turn by turn. copies: of each expert; usable: whether a server is, by place.
-
-    Over all turns each copy gets about its share; within a turn the servers' loads are kept even, taking experts
-    to have equal loads.
-    """
-    left = [[(copy.server, copy.share) for copy in of if usable[copy.server]] for of in copies]
-    given = [dict.fromkeys((server for server, _ in of), 0.0) for of in left]
-    result = []
-    for turn in range(1, num_turns + 1):
-        taken = dict.fromkeys(range(len(usable)), 0)
-        chosen = [-1] * len(copies)
-        for expert in sorted(range(len(left)), key=lambda e: len(left[e])):
-            if left[expert]:
-                total = sum(share for _, share in left[expert]) or 1.0
-                owed = {
-                    server: round(turn * (share / total if total else 1.0) - given[expert][server], 6)
-                    for server, share in left[expert]
-                }
-                # A copy may run ahead of its share by up to one turn where that keeps this turn even.
-                due = [server for server, amount in owed.items() if amount > 0] or list(owed)
-                server = min(due, key=lambda s: (taken[s], -owed[s], (s + expert) % len(usable)))
-                chosen[expert] = server
-                given[expert][server] += 1.0
-                taken[server] += 1
-        result.append(_turn(chosen))
-    return result
-
-
-def _turn(chosen: list[int]) -> Turn:
-    expert_at = sorted(range(len(chosen)), key=lambda expert: (chosen[expert], expert))
-    position = np.empty(len(chosen), np.int64)
-    position[expert_at] = np.arange(len(chosen))
-    return Turn(position, expert_at, [chosen[expert] for expert in expert_at])
+    def _choose(self, counts: list[int]) -> Counter[tuple[int, int]]:
+        """How many rows go to which (server, expert). Experts with most rows come first."""
+        self._rows = rows = [_KEEP * row for row in self._rows]
+        chosen: Counter[tuple[int, int]] = Counter()
+        for count, expert in sorted(((count, expert) for expert, count in enumerate(counts) if count), reverse=True):
+            at = self._at[expert]
+            if not at:
+                chosen[-1, expert] = count
+                continue
+            parts = max(1, min(len(at), count // ROWS_TOGETHER))
+            for part in range(parts):
+                size = count * (part + 1) // parts - count * part // parts
+                server = min(at, key=rows.__getitem__)
+                rows[server] += size
+                chosen[server, expert] += size
+        return chosen

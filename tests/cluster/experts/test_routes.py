@@ -1,52 +1,75 @@
-"""Turns: copies get their shares, servers are even within a turn, rows are cut where the server changes."""
+"""Dealing rows: whole experts to holders, servers even over time, long prompts divided, every row once."""
 
 from collections import Counter
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cluster.experts.routes import turns
+from cluster.experts.routes import ROWS_TOGETHER, Balance
 from cluster.experts.table import Copy
 
 PAIRS = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2), (0, 1), (2, 3)]
 COPIES = [[Copy(a, 0.5), Copy(b, 0.5)] for a, b in PAIRS]
 
 
-def server_of(turn, expert):
-    return turn.server_at[turn.position[expert]]
+def check(experts, order, segments):
+    assert sorted(order.tolist()) == list(range(len(experts)))
+    assert [segment.start for segment in segments] == [0, *(segment.stop for segment in segments)][: len(segments)]
+    assert sum(segment.num_rows for segment in segments) == len(experts)
+    assert len({segment.server for segment in segments}) == len(segments)
+    for segment in segments:
+        rows = experts[order[segment.start : segment.stop]].tolist()
+        assert rows == [e for e, n in zip(segment.experts, segment.counts, strict=True) for _ in range(n)]
 
 
-def test_copies_take_turns_and_servers_are_even():
-    all_turns = turns(COPIES, [True] * 4)
-    for expert, pair in enumerate(PAIRS):
-        assert Counter(server_of(turn, expert) for turn in all_turns) == dict.fromkeys(pair, len(all_turns) // 2)
-    for turn in all_turns:
-        assert max(Counter(turn.server_at).values()) <= 3
+def given_to(servers, segments):
+    for segment in segments:
+        servers[segment.server] += segment.num_rows
 
 
-def test_shares_are_kept():
-    copies = [[Copy(0, 0.75), Copy(1, 0.25)], [Copy(0, 0.0), Copy(1, 1.0)]]
-    all_turns = turns(copies, [True, True])
-    assert Counter(server_of(turn, 0) for turn in all_turns) == {0: 6, 1: 2}
-    assert {server_of(turn, 1) for turn in all_turns} == {1}
-
-
-def test_servers_that_cannot_be_used_get_nothing():
-    for turn in turns(COPIES, [False, True, True, True]):
-        assert 0 not in turn.server_at
-    for turn in turns(COPIES, [False, False, True, True]):
-        assert server_of(turn, 0) == -1
-        assert server_of(turn, 2) == 2
-
-
-def test_segments_cover_all_rows_once_and_go_to_holders():
-    experts = np.array([3, 1, 1, 7, 0, 3, 3, 5])
-    for turn in turns(COPIES, [True] * 4):
-        order, segments = turn.segments(experts)
-        assert sorted(order.tolist()) == list(range(8))
-        assert [segment.start for segment in segments] == [0, *(segment.stop for segment in segments[:-1])]
-        assert segments[-1].stop == 8
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=400), st.lists(st.booleans(), min_size=4, max_size=4))
+def test_every_row_goes_once_to_a_usable_holder_or_nowhere(experts, usable):
+    experts = np.array(experts)
+    balance = Balance(COPIES, usable)
+    for _ in range(3):
+        order, segments = balance.deal(experts)
+        check(experts, order, segments)
         for segment in segments:
-            rows = experts[order[segment.start : segment.stop]].tolist()
-            assert rows == [e for e, n in zip(segment.experts, segment.counts, strict=True) for _ in range(n)]
-            assert all(segment.server in PAIRS[expert] for expert in rows)
-        assert len({segment.server for segment in segments}) == len(segments)
+            for expert in segment.experts:
+                holders = [server for server in PAIRS[expert] if usable[server]]
+                assert segment.server in holders or (segment.server == -1 and not holders)
+
+
+def test_servers_become_even_though_experts_are_not():
+    draw, servers = np.random.default_rng(0), Counter()
+    balance = Balance(COPIES, [True] * 4)
+    popular = np.array([0.4, 0.02, 0.02, 0.2, 0.02, 0.3, 0.02, 0.02])
+    for step in range(300):
+        experts = draw.choice(8, 8 if step % 20 else 100, p=popular)  # decoding, and now and then a prompt
+        given_to(servers, balance.deal(experts)[1])
+    assert max(servers.values()) < 1.05 * sum(servers.values()) / 4
+
+
+def test_the_past_is_forgotten():
+    """A server that could not be used much before does not get everything now."""
+    balance = Balance(COPIES, [True] * 4)
+    for _ in range(500):
+        balance.deal(np.zeros(8, np.int64))  # servers 0 and 1 only
+    servers = Counter()
+    for _ in range(300):
+        given_to(servers, balance.deal(np.arange(8))[1])
+    assert max(servers.values()) < 1.1 * sum(servers.values()) / 4
+
+
+def test_few_rows_of_an_expert_stay_together_and_many_are_divided():
+    few, many = np.zeros(2 * ROWS_TOGETHER - 1, np.int64), np.zeros(2 * ROWS_TOGETHER, np.int64)
+    assert len(Balance(COPIES, [True] * 4).deal(few)[1]) == 1
+    order, segments = Balance(COPIES, [True] * 4).deal(many)
+    check(many, order, segments)
+    assert [(segment.server, segment.num_rows) for segment in segments] == [(0, 64), (1, 64)]
+
+
+def test_within_a_step_servers_are_even():
+    for segment in Balance(COPIES, [True] * 4).deal(np.arange(8))[1]:
+        assert segment.num_rows <= 3
