@@ -21,8 +21,8 @@ distinct hosts where there are enough; what is held already stays; further copie
 they even out the load. DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB) has the last of these
 only, and leaves half of the experts with one copy.
 
-Placements are compared as if copies of an expert shared its rows in the proportions of `share`, which makes
-the fullest server as little full as the placement allows; routes.py comes near it.
+Copies of an expert share its rows in the proportions of `share`, which makes the fullest server as
+little full as the placement allows.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

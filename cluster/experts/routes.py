@@ -1,9 +1,10 @@
-"""Where the rows of a step go: to those of an expert's copies whose servers have had the fewest rows lately.
+"""Where the rows of a step go: copies of an expert get them in the proportions of the table.
 
-That evens out the servers as far as their copies allow, whatever the loads of experts are and however they
-shift. (Greedy balancing of tasks that only some machines can do: Azar, Naor and Rom, 1995.) Few rows
-of an expert stay together: its weights are read once, which is what a step of decoding costs. Many, as
-of a long prompt, are divided, since one server should not work while the others wait.
+Each step gives an expert's rows to the copy that is furthest behind its share, less what its server has in this
+step already: over some time shares are kept, and within a step servers are about even. (Drift plus penalty:
+Neely, "Stochastic Network Optimization", 2010.) Clients do not know of each other; that their sum is even,
+too, is what the shares are for. Few rows of an expert stay together: its weights are read once, which is what a step
+of decoding costs. Many, as of a long prompt, are divided, since one server should not work while others wait.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from cluster.experts.table import Copy
 ROWS_TOGETHER = 64
 """Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
 _KEEP = 0.98
-"""Of what a server had to do, so much counts still in the next step: it is forgotten over some fifty steps."""
+"""Of what copies were given, so much still counts the next time: it is forgotten over some fifty steps."""
 
 
 class Segment(NamedTuple):
@@ -42,16 +43,16 @@ class Balance:
     """Deals the rows of one layer to servers. copies: of each expert; usable: whether a server is, by place."""
 
     def __init__(self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool]) -> None:
-        self._at = [[copy.server for copy in of if usable[copy.server]] for of in copies]
-        self._rows = [0.0] * len(usable)
-        """That servers were given lately."""
+        self._copies = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
+        self._owed = [[0.0] * len(of) for of in self._copies]
+        """Rows by which each copy is behind its share."""
 
     def deal(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
         """experts: int64 [k], of each row -> the order that sorts rows by server and expert, and each server's part.
 
         Rows whose expert has no server are in a segment of server -1.
         """
-        counts = np.bincount(experts, minlength=len(self._at))
+        counts = np.bincount(experts, minlength=len(self._copies))
         by_expert, next_row = experts.argsort(kind="stable"), (counts.cumsum() - counts).tolist()
         pieces: list[NDArray[np.int64]] = []
         segments: list[Segment] = []
@@ -72,17 +73,26 @@ class Balance:
 
     def _choose(self, counts: list[int]) -> Counter[tuple[int, int]]:
         """How many rows go to which (server, expert). Experts with most rows come first."""
-        self._rows = rows = [_KEEP * row for row in self._rows]
+        taken: Counter[int] = Counter()
         chosen: Counter[tuple[int, int]] = Counter()
         for count, expert in sorted(((count, expert) for expert, count in enumerate(counts) if count), reverse=True):
-            at = self._at[expert]
-            if not at:
-                chosen[-1, expert] = count
-                continue
-            parts = max(1, min(len(at), count // ROWS_TOGETHER))
+            copies = self._copies[expert]
+            owed = [_KEEP * rows + copy.share * count for rows, copy in zip(self._owed[expert], copies, strict=True)]
+            parts = max(1, min(len(copies), count // ROWS_TOGETHER))
             for part in range(parts):
                 size = count * (part + 1) // parts - count * part // parts
-                server = min(at, key=rows.__getitem__)
-                rows[server] += size
+                server = -1
+                if copies:
+                    best = max(range(len(copies)), key=lambda i: owed[i] - taken[copies[i].server])
+                    server = copies[best].server
+                    owed[best] -= size
+                taken[server] += size
                 chosen[server, expert] += size
+            self._owed[expert] = owed
         return chosen
+
+
+def _normalized(copies: list[Copy]) -> list[Copy]:
+    """With shares that add up to one."""
+    total = sum(copy.share for copy in copies)
+    return [Copy(copy.server, copy.share / total if total else 1 / len(copies)) for copy in copies]

@@ -24,9 +24,7 @@ class ServerAddress:
 
 
 class Copy(NamedTuple):
-    """One copy of an expert: the server's place in `RoutingTable.servers`, and the part of the expert's rows that
-    would keep the servers even. Clients come near it without looking (routes.py); the directory compares with it.
-    """
+    """One copy of an expert: the server's place in `RoutingTable.servers`, and its part of the expert's rows."""
 
     server: int
     share: float

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.experts.placement import share
 from cluster.experts.routes import ROWS_TOGETHER, Balance
 from cluster.experts.table import Copy
 
@@ -23,11 +24,6 @@ def check(experts, order, segments):
         assert rows == [e for e, n in zip(segment.experts, segment.counts, strict=True) for _ in range(n)]
 
 
-def given_to(servers, segments):
-    for segment in segments:
-        servers[segment.server] += segment.num_rows
-
-
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=400), st.lists(st.booleans(), min_size=4, max_size=4))
 def test_every_row_goes_once_to_a_usable_holder_or_nowhere(experts, usable):
     experts = np.array(experts)
@@ -41,24 +37,32 @@ def test_every_row_goes_once_to_a_usable_holder_or_nowhere(experts, usable):
                 assert segment.server in holders or (segment.server == -1 and not holders)
 
 
-def test_servers_become_even_though_experts_are_not():
-    draw, servers = np.random.default_rng(0), Counter()
-    balance = Balance(COPIES, [True] * 4)
-    popular = np.array([0.4, 0.02, 0.02, 0.2, 0.02, 0.3, 0.02, 0.02])
-    for step in range(300):
-        experts = draw.choice(8, 8 if step % 20 else 100, p=popular)  # decoding, and now and then a prompt
-        given_to(servers, balance.deal(experts)[1])
-    assert max(servers.values()) < 1.05 * sum(servers.values()) / 4
+def test_shares_are_kept_by_rows_not_by_steps():
+    copies = [[Copy(0, 0.75), Copy(1, 0.25)], [Copy(0, 0.0), Copy(1, 1.0)], [Copy(0, 0.0), Copy(1, 0.0)]]
+    balance, given = Balance(copies, [True, True]), Counter()
+    for step in range(400):
+        experts = np.repeat([0, 1, 2], 1 if step % 20 else 40)  # decoding, and now and then a prompt
+        for segment in balance.deal(experts)[1]:
+            for expert, count in zip(segment.experts, segment.counts, strict=True):
+                given[expert, segment.server] += count
+    of = [given[expert, 0] / (given[expert, 0] + given[expert, 1]) for expert in range(3)]
+    assert abs(of[0] - 0.75) < 0.05
+    assert of[1] < 0.02
+    assert abs(of[2] - 0.5) < 0.05
 
 
-def test_the_past_is_forgotten():
-    """A server that could not be used much before does not get everything now."""
-    balance = Balance(COPIES, [True] * 4)
-    for _ in range(500):
-        balance.deal(np.zeros(8, np.int64))  # servers 0 and 1 only
-    servers = Counter()
-    for _ in range(300):
-        given_to(servers, balance.deal(np.arange(8))[1])
+def test_clients_that_ask_for_different_experts_are_even_together():
+    """As tensor-parallel ranks do: each has every third expert."""
+    loads = np.array([0.25, 0.02, 0.1, 0.2, 0.02, 0.25, 0.08, 0.08])
+    held = np.array([[server in pair for server in range(4)] for pair in PAIRS])
+    shares = share(loads, held)
+    copies = [[Copy(s, shares[e, s]) for s in pair] for e, pair in enumerate(PAIRS)]
+    ranks, servers, draw = [Balance(copies, [True] * 4) for _ in range(3)], Counter(), np.random.default_rng(0)
+    for step in range(600):
+        experts = draw.choice(8, 8 if step % 20 else 100, p=loads)
+        for rank, balance in enumerate(ranks):
+            for segment in balance.deal(experts[experts % 3 == rank])[1]:
+                servers[segment.server] += segment.num_rows
     assert max(servers.values()) < 1.1 * sum(servers.values()) / 4
 
 
