@@ -36,10 +36,12 @@ plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (
 	@$(BIN)/python -m deployments.plan $(CONFIG) $(ARGS)
 
 SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_identity.py tests/e2e/test_ranks_on_hosts.py \
-	tests/examples/test_smollm2_moe.py tests/cluster/experts/test_failures.py
+	tests/examples/test_smollm2_moe.py tests/cluster/experts/test_failures.py \
+	tests/e2e/test_experts.py::test_their_number_changes_under_load \
+	tests/e2e/test_experts.py::test_without_any_server_requests_fail_in_time_and_the_ranks_live_on
 
 test: setup-dev model $(MOE)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -q --durations=15 $(addprefix --ignore=,$(SLOW_TESTS)) $(TESTS)
+	$(BIN)/python -m pytest -q --durations=15 $(addprefix --deselect=,$(SLOW_TESTS)) $(TESTS)
 
 test-slow: setup-dev model $(MOE)  ## the slow tests
 	$(BIN)/python -m pytest -q --durations=15 $(SLOW_TESTS)
