@@ -99,7 +99,7 @@ def test_the_death_of_a_host_leaves_the_others_serving(stack: HostStack) -> None
     before = complete(stack, "Water boils at")
     placed = replicas(stack.rest.status())
     fronts = {host for name, host in placed if name == "front"}
-    victim = next(host for host in stack.cluster.hosts[1:] if host.address not in fronts)
+    victim = min(stack.cluster.hosts[1:], key=lambda host: host.address in fronts)  # both may have a front
     assert (ENGINE, victim.address) in placed
     victim.kill()
     assert victim.pids() == []
