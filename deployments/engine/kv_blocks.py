@@ -30,7 +30,7 @@ class KVBlocks:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that `grow` would take."""
-        wanted = -(-num_tokens // self._size)
+        wanted = self.num_blocks(num_tokens)
         if wanted <= len(sequence.blocks[-1]):  # no group has fewer
             return 0
         return sum(max(0, wanted - len(blocks)) for blocks in sequence.blocks)
