@@ -71,9 +71,9 @@ class Decoding:
 
 
 class Worker:
-    """A process that decodes, so that each side runs with the OpenMP settings that suit it."""
+    """A process that decodes, as an engine's does."""
 
-    def __init__(self, options: argparse.Namespace, socket: str | None, environment: dict[str, str]) -> None:
+    def __init__(self, options: argparse.Namespace, socket: str | None) -> None:
         arguments = [f"--{name}={getattr(options, name)}" for name in ("model", "concurrency", "context", "threads")]
         command = [
             sys.executable,
@@ -83,7 +83,11 @@ class Worker:
             *([f"--directory={socket}"] if socket else []),
         ]
         self._process = subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env=os.environ | ENGINE_ENVIRONMENT | {"BENCH_WORKER": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -127,7 +131,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--spin", default=None, help="GOMP_SPINCOUNT of the engine with remote experts")
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if os.environ.get("BENCH_WORKER"):
@@ -144,10 +147,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         servers = Cluster(Path(folder), options.model.resolve())
         try:
             servers.start(options.servers)
-            spin = ENGINE_ENVIRONMENT if options.spin is None else {"GOMP_SPINCOUNT": options.spin}
-            workers["remote"] = Worker(options, servers.socket, spin | {"BENCH_WORKER": "1"})
+            workers["remote"] = Worker(options, servers.socket)
             workers["remote"].run(1)
-            workers["local"] = Worker(options, None, {"BENCH_WORKER": "1"})
+            workers["local"] = Worker(options, None)
             for number in range(options.rounds + 1):
                 for name in times:
                     last[name] = workers[name].run(options.steps - (name == "remote" and number == 0))

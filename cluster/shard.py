@@ -19,6 +19,7 @@ from model import LLM, ModelArgs
 from model.checkpoint import open_checkpoint
 from model.checkpoint.slices import check_world_size
 from model.datatypes import PagedBatch
+from model.kernels import cpu
 from model.kv_cache import PagedCache
 from model.kv_groups import BlockNeeds, kv_groups, layers_of_all_stages, layers_per_block
 from model.model import ExpertsOfLayer
@@ -61,7 +62,7 @@ class Shard:
         experts: Callable[[], ExpertsOfLayer] | None = None,
     ) -> None:
         # Ray gives actors one OpenMP thread; the model wants all its CPUs.
-        torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        cpu.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
         ensure_model_parallel()
         started = time.monotonic()
         checkpoint = open_checkpoint(path)

@@ -27,6 +27,9 @@ KEY_BYTES = 32
 _PREFIX = struct.Struct("<4sIQ")
 _ALIGN = 16
 _MAC_BYTES = 32
+_EMPTY = memoryview(b"")
+_ZEROS = [bytes(-length % _ALIGN) for length in range(_ALIGN)]
+"""What fills a header up, by its length; the prefix is as long as `_ALIGN`."""
 
 
 class Disconnected(Exception):
@@ -34,10 +37,10 @@ class Disconnected(Exception):
 
 
 class Frame(NamedTuple):
-    """header: bytes in the encoding of whoever sent it. payload: uint8 [n], valid until the next `receive`."""
+    """header: in the encoding of whoever sent it. Both are bytes, and valid until the next `receive`."""
 
-    header: bytes
-    payload: Tensor
+    header: memoryview
+    payload: memoryview
 
 
 class Connection:
@@ -50,8 +53,7 @@ class Connection:
         stream.setblocking(False)
         self._stream = stream
         self._unsent: deque[memoryview] = deque()
-        self._buffer = torch.empty(1 << 16, dtype=torch.uint8)
-        self._view = _memory(self._buffer)
+        self._buffer = _aligned(1 << 16)
         self._start = self._end = 0
 
     def fileno(self) -> int:
@@ -62,20 +64,18 @@ class Connection:
         """Whether `flush` should be called when the socket takes more."""
         return bool(self._unsent)
 
-    def send(self, header: bytes, payload: Tensor | None = None) -> None:
-        """Queues a frame and sends what goes. payload: contiguous, not to be changed while `is_sending`.
+    def send(self, header: bytes, payload: memoryview = _EMPTY) -> None:
+        """Queues a frame and sends what goes. payload: bytes, not to be changed while `is_sending`.
 
         Raises Disconnected.
         """
-        body = memoryview(b"") if payload is None else _memory(payload)
-        padding = -(_PREFIX.size + len(header)) % _ALIGN
-        head = _PREFIX.pack(MAGIC, len(header), len(body)) + header + bytes(padding)
+        head = _PREFIX.pack(MAGIC, len(header), len(payload)) + header + _ZEROS[len(header) % _ALIGN]
         if self._unsent:
-            self._unsent += (memoryview(head), body)
+            self._unsent += (memoryview(head), payload)
             return
-        sent = self._try_send(head, body)
-        if sent < len(head) + len(body):
-            self._unsent += (memoryview(head)[sent:], body[max(0, sent - len(head)) :])
+        sent = self._try_send(head, payload)
+        if sent < len(head) + len(payload):
+            self._unsent += (memoryview(head)[sent:], payload[max(0, sent - len(head)) :])
 
     def flush(self) -> None:
         """Sends more of what is queued. Raises Disconnected."""
@@ -91,7 +91,7 @@ class Connection:
         """Whole frames that have arrived. Raises Disconnected when there will be no more."""
         self._make_room()
         try:
-            read = self._stream.recv_into(self._view[self._end :])
+            read = self._stream.recv_into(self._buffer[self._end :])
         except BlockingIOError:
             return []
         except OSError as error:
@@ -116,25 +116,23 @@ class Connection:
             raise Disconnected(str(error)) from error
 
     def _next(self) -> Frame | None:
-        size = self._size()
-        if size is None or self._end - self._start < size:
+        header = self._start + _PREFIX.size
+        if (lengths := self._lengths()) is None or self._end < header + sum(lengths):
             return None
-        _, header_length, payload_length = _PREFIX.unpack_from(self._view, self._start)
-        begin = self._start + _PREFIX.size
-        header = bytes(self._view[begin : begin + header_length])
-        self._start += size
-        return Frame(header, self._buffer[self._start - payload_length : self._start])
+        payload = header + lengths.header + lengths.padding
+        self._start = payload + lengths.payload
+        return Frame(self._buffer[header : header + lengths.header], self._buffer[payload : self._start])
 
-    def _size(self) -> int | None:
-        """Bytes of the frame that starts at `_start`, if its prefix is there."""
+    def _lengths(self) -> "_Lengths | None":
+        """Of the frame that starts at `_start`, if its prefix is there."""
         if self._end - self._start < _PREFIX.size:
             return None
-        magic, header_length, payload_length = _PREFIX.unpack_from(self._view, self._start)
-        if magic != MAGIC or header_length > MAX_HEADER or payload_length > MAX_PAYLOAD:
+        magic, header, payload = _PREFIX.unpack_from(self._buffer, self._start)
+        if magic != MAGIC or header > MAX_HEADER or payload > MAX_PAYLOAD:
             raise Disconnected(
-                f"the other end sent what is no frame: {bytes(self._view[self._start : self._start + 16])!r}"
+                f"the other end sent what is no frame: {bytes(self._buffer[self._start : self._start + 16])!r}"
             )
-        return _PREFIX.size + header_length + -(_PREFIX.size + header_length) % _ALIGN + int(payload_length)
+        return _Lengths(header, -header % _ALIGN, payload)
 
     def _make_room(self) -> None:
         """Moves an incomplete frame to the front of the buffer, and makes the buffer large enough for it."""
@@ -142,15 +140,22 @@ class Connection:
         if not held:
             self._start = self._end = 0
             return
-        needed = max(self._size() or 0, held + 1)
-        if self._start == 0 and needed <= len(self._view):
+        needed = max(_PREFIX.size + sum(self._lengths() or ()), held + 1)
+        if self._start == 0 and needed <= len(self._buffer):
             return
-        rest = self._buffer[self._start : self._end].clone()
-        if needed > len(self._view):
-            self._buffer = torch.empty(max(needed, 2 * len(self._view)), dtype=torch.uint8)
-            self._view = _memory(self._buffer)
+        rest = bytes(self._buffer[self._start : self._end])
+        if needed > len(self._buffer):
+            self._buffer = _aligned(max(needed, 2 * len(self._buffer)))
         self._buffer[:held] = rest
         self._start, self._end = 0, held
+
+
+class _Lengths(NamedTuple):
+    """Bytes of the parts of a frame after its prefix."""
+
+    header: int
+    padding: int
+    payload: int
 
 
 class Handshake:
@@ -220,10 +225,15 @@ def tune(stream: socket.socket) -> None:
         stream.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor."""
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, which lives as long as they do."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def _aligned(size: int) -> memoryview:
+    """So many bytes, which begin where a cache line does."""
+    return memory(torch.empty(size, dtype=torch.uint8))
 
 
 def _prove(key: bytes, role: bytes, listener: bytes, connector: bytes) -> bytes:

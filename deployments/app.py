@@ -26,8 +26,8 @@ ROUTER = {"request_router_class": "deployments.front.engine_router.EngineRouter"
 DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
-"""Of an engine whose experts are elsewhere: its OpenMP threads leave the CPU at once after a kernel, to the expert
-servers that the engine waits for. On two CPUs that is a third faster than 10000 turns."""
+"""Torch's OpenMP threads leave the CPU at once after an operation: they would stay awake for milliseconds, where the
+kernels' own threads (model/kernels/team.h) want to run."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -71,8 +71,7 @@ def _experts(model: ModelConfig, directory: Application) -> Application:
 
 def _engine(model: ModelConfig, directory: Application | None) -> Application:
     options = placement(model, _nodes())
-    if directory is not None:
-        options["ray_actor_options"]["runtime_env"] = {"env_vars": ENGINE_ENVIRONMENT}
+    options["ray_actor_options"]["runtime_env"] = {"env_vars": ENGINE_ENVIRONMENT}
     deployment: Any = serve.deployment(
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,

@@ -124,17 +124,22 @@ def dispatch(
     Experts whose outputs are whole get each pair from one tensor-parallel rank only; the sum over ranks that follows
     is the same. The expert says which rank: the token's place in the batch would make bits depend on its company.
     """
-    tokens_k = torch.arange(x_aD.shape[0], device=x_aD.device).repeat_interleave(args.top_k)
     experts_k, weights_k1 = experts.flatten(), weights.reshape(-1, 1)
+    tokens_k = None if args.top_k == 1 else _tokens_of_pairs(x_aD, args.top_k)  # None: pair i is of token i
     if computed_by.is_whole and (size := model_parallel_size()) > 1:
         own = experts_k % size == model_parallel_rank()
-        tokens_k, experts_k, weights_k1 = tokens_k[own], experts_k[own], weights_k1[own]
-    in_kD = x_aD[tokens_k]
+        tokens_k, experts_k, weights_k1 = _tokens_of_pairs(x_aD, args.top_k)[own], experts_k[own], weights_k1[own]
+    in_kD = x_aD if tokens_k is None else x_aD[tokens_k]
     scale_input = args.router == "sigmoid"
     pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts_k)
     out_aD = torch.zeros_like(x_aD) if shared_expert is None else shared_expert(x_aD)
-    out_kD = pending.wait()
-    return out_aD.index_add(0, tokens_k, out_kD if scale_input else out_kD * weights_k1)
+    out_kD = pending.wait() if scale_input else pending.wait() * weights_k1
+    return out_aD + out_kD if tokens_k is None else out_aD.index_add(0, tokens_k, out_kD)
+
+
+def _tokens_of_pairs(x_aD: Tensor, top_k: int) -> Tensor:
+    """int64 [a * top_k]"""
+    return torch.arange(x_aD.shape[0], device=x_aD.device).repeat_interleave(top_k)
 
 
 def compute_by_expert(

@@ -39,17 +39,17 @@ _calls: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
 _answers: msgspec.msgpack.Decoder[Reply | Refusal] = msgspec.msgpack.Decoder(Reply | Refusal)
 
 
-def decode_call(header: bytes) -> Call:
+def decode_call(header: bytes | memoryview) -> Call:
     """Raises Disconnected: nothing that follows would make sense either."""
     return _decode(_calls, header, "call")
 
 
-def decode_answer(header: bytes) -> Reply | Refusal:
+def decode_answer(header: bytes | memoryview) -> Reply | Refusal:
     """Raises Disconnected, as `decode_call`."""
     return _decode(_answers, header, "answer")
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], header: bytes, what: str) -> T:
+def _decode(decoder: msgspec.msgpack.Decoder[T], header: bytes | memoryview, what: str) -> T:
     try:
         return decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

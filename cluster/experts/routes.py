@@ -7,9 +7,10 @@ too, is what the shares are for. Few rows of an expert stay together: its weight
 of decoding costs. Many, as of a long prompt, are divided, since one server should not work while others wait.
 """
 
-from collections import Counter
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +23,20 @@ _KEEP = 0.98
 """Of what copies were given, so much still counts the next time: it is forgotten over some fifty steps."""
 
 
-class Segment(NamedTuple):
-    """Rows `start` to `stop` of the sorted ones, which go to `server`."""
+@dataclass(slots=True)
+class Segment:
+    """Rows `start` to `stop` of the sorted ones, which go to `server`: `counts[i]` rows of `experts[i]` in turn."""
 
     server: int
     start: int
     stop: int
     experts: list[int]
     counts: list[int]
+
+    def add(self, expert: int, count: int) -> None:
+        self.stop += count
+        self.experts.append(expert)
+        self.counts.append(count)
 
     @property
     def num_rows(self) -> int:
@@ -44,6 +51,7 @@ class Balance:
 
     def __init__(self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool]) -> None:
         self._copies = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
+        self._num_servers = len(usable)
         self._owed = [[0.0] * len(of) for of in self._copies]
         """Rows by which each copy is behind its share."""
 
@@ -52,44 +60,45 @@ class Balance:
 
         Rows whose expert has no server are in a segment of server -1.
         """
-        counts = np.bincount(experts, minlength=len(self._copies))
-        by_expert, next_row = experts.argsort(kind="stable"), (counts.cumsum() - counts).tolist()
+        counts = np.bincount(experts, minlength=len(self._copies)).tolist()
+        by_expert, next_row = experts.argsort(kind="stable"), [0, *accumulate(counts)]
         pieces: list[NDArray[np.int64]] = []
         segments: list[Segment] = []
         start = 0
-        for (server, expert), count in sorted(self._choose(counts.tolist()).items()):
-            stop = start + count
+        for server, expert, count in sorted(self._choose(counts)):
             pieces.append(by_expert[next_row[expert] : next_row[expert] + count])
             next_row[expert] += count
-            if segments and segments[-1].server == server:
-                last = segments[-1]
-                last.experts.append(expert)
-                last.counts.append(count)
-                segments[-1] = last._replace(stop=stop)
-            else:
-                segments.append(Segment(server, start, stop, [expert], [count]))
-            start = stop
+            if not segments or segments[-1].server != server:
+                segments.append(Segment(server, start, start, [], []))
+            segments[-1].add(expert, count)
+            start += count
         return (np.concatenate(pieces) if pieces else by_expert), segments
 
-    def _choose(self, counts: list[int]) -> Counter[tuple[int, int]]:
-        """How many rows go to which (server, expert). Experts with most rows come first."""
-        taken: Counter[int] = Counter()
-        chosen: Counter[tuple[int, int]] = Counter()
-        for count, expert in sorted(((count, expert) for expert, count in enumerate(counts) if count), reverse=True):
-            copies = self._copies[expert]
-            owed = [_KEEP * rows + copy.share * count for rows, copy in zip(self._owed[expert], copies, strict=True)]
+    def _choose(self, counts: list[int]) -> list[tuple[int, int, int]]:
+        """(server, expert, rows) for every part of an expert's rows. Experts with most rows come first."""
+        taken = [0] * (self._num_servers + 1)  # the last is of server -1
+        chosen = []
+        for count, expert in sorted([(count, expert) for expert, count in enumerate(counts) if count], reverse=True):
+            copies, owed = self._copies[expert], self._owed[expert]
+            for i, copy in enumerate(copies):
+                owed[i] = _KEEP * owed[i] + copy.share * count
             parts = max(1, min(len(copies), count // ROWS_TOGETHER))
             for part in range(parts):
                 size = count * (part + 1) // parts - count * part // parts
-                server = -1
-                if copies:
-                    best = max(range(len(copies)), key=lambda i: owed[i] - taken[copies[i].server])
-                    server = copies[best].server
+                best, server = self._furthest_behind(copies, owed, taken)
+                if server >= 0:
                     owed[best] -= size
                 taken[server] += size
-                chosen[server, expert] += size
-            self._owed[expert] = owed
+                chosen.append((server, expert, size))
         return chosen
+
+    def _furthest_behind(self, copies: list[Copy], owed: list[float], taken: list[int]) -> tuple[int, int]:
+        """The copy that should get rows now, and its server; server -1 when there is no copy."""
+        best, server, most = -1, -1, -math.inf
+        for i, copy in enumerate(copies):
+            if (behind := owed[i] - taken[copy.server]) > most:
+                best, server, most = i, copy.server, behind
+        return best, server
 
 
 def _normalized(copies: list[Copy]) -> list[Copy]:

@@ -20,7 +20,8 @@ import torch
 from cluster.experts.messages import Call, Refusal, Reply, decode_call, encode
 from cluster.experts.table import ServerAddress, Unit
 from cluster.experts.weights import HeldExperts, NotHeld
-from cluster.streams import KEY_BYTES, Connection, Disconnected, Frame, Handshake, tune
+from cluster.streams import KEY_BYTES, Connection, Disconnected, Frame, Handshake, memory, tune
+from model.kernels import cpu
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,14 @@ class ExpertServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends after the call under way; clients see closed connections."""
+        """Ends after the call under way; clients see closed connections. Safe to call twice."""
+        if self._stopping:
+            return
         self._stopping = True
+        os.eventfd_write(self._wake, 1)
         if self._thread.is_alive():
-            os.eventfd_write(self._wake, 1)
             self._thread.join()
+        os.close(self._wake)
 
     @property
     def is_alive(self) -> bool:
@@ -87,7 +91,7 @@ class ExpertServer:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)
+        cpu.set_num_threads(self._num_threads)
         self._listen()
         self._watch(self._wake, lambda _events: None)
         while not self._stopping:
@@ -101,7 +105,6 @@ class ExpertServer:
         self._epoll.close()
         for stream in (self._unix, self._tcp, *self._clients.values()):
             stream.close()
-        os.close(self._wake)
 
     def _watch(self, fd: int, ready: Callable[[int], None]) -> None:
         self._ready[fd] = ready
@@ -203,7 +206,7 @@ class ExpertServer:
             self._refuse(connection, Refusal(call.id, "failed", f"{type(error).__name__}: {error}"))
         else:
             seconds = time.perf_counter() - begun
-            connection.send(encode(Reply(call.id, seconds)), out)
+            connection.send(encode(Reply(call.id, seconds)), memory(out))
             self.calls += 1
             self.busy_seconds += seconds
             for expert, count in zip(call.experts, call.counts, strict=True):
@@ -225,4 +228,6 @@ class ExpertServer:
             raise ValueError(
                 f"{sum(call.counts)} rows of {dim} {call.dtype} are {wanted} bytes, not {len(frame.payload)}"
             )
-        return frame.payload.view(dtype).view(-1, dim)
+        if not wanted:
+            return torch.empty(0, dim, dtype=dtype)
+        return torch.frombuffer(frame.payload, dtype=dtype).view(-1, dim)

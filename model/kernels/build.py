@@ -34,7 +34,9 @@ def _compiled(source: Path, flags: list[str]) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++) on the PATH")
     folder = Path(os.environ.get("MORAY_CACHE") or Path.home() / ".cache" / "moray")
-    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    text = b"".join(file.read_bytes() for file in sources) + " ".join([compiler, *flags]).encode()
+    key = hashlib.sha256(text).hexdigest()[:16]
     target = folder / f"{source.stem}-{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)

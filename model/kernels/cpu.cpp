@@ -15,6 +15,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
+
+#include "team.h"
 
 namespace {
 
@@ -26,6 +29,9 @@ constexpr int kMaxRows = 8;     // rows of x whose sums are in registers at once
 constexpr int kKeyTiles = 4;    // key tiles between two rescalings of the running softmax
 constexpr int kKeys = kKeyTiles * kLanes;
 constexpr int kMaxHeadDim = 256;
+
+moray::Team team;
+constexpr int64_t kAlone = 1 << 16;  // weights, or numbers, for which it takes longer to share work than to do it
 
 inline float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x) << 16;
@@ -143,25 +149,25 @@ void multiply_rows(const bf16* x, int64_t ldx, const bf16* w, int64_t k, void* y
 #undef ROWS_CASE
 }
 
-// Columns are dealt to threads in groups of panels; a group's weights stay in L2 while all rows pass.
+// Columns go to threads in groups of panels; a group's weights stay in L2 while all rows pass.
 template <Epilogue EPILOGUE>
 void matmul(const bf16* x, int64_t ldx, const bf16* w, void* y, int64_t ldy, int64_t m, int64_t panels, int64_t k) {
   const int64_t wide = m <= 4 ? 4 : EPILOGUE == Epilogue::kSwiGLU ? 2 : 3;
   const int64_t groups = (panels + wide - 1) / wide;
-#pragma omp parallel for schedule(static)
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t panel = g * wide;
-    const int64_t width = std::min(wide, panels - panel);
-    // The first rows wait for memory; the later ones fetch the next group while they compute.
-    const int64_t later = (m - 1) / kMaxRows;
-    const int64_t lines = later ? (width + later - 1) / later : 0;
-    for (int64_t row = 0; row < m; row += kMaxRows) {
-      const int64_t fetched = (row / kMaxRows - 1) * lines;
-      const Ahead ahead{(const char*)(w + (panel + width) * k * kLanes) + fetched * kLine * k / 2,
-                        row && fetched < width ? lines : 0};
-      multiply_rows<EPILOGUE>(x, ldx, w, k, y, ldy, row, std::min<int64_t>(kMaxRows, m - row), panel, width, ahead);
+  team.run(groups, panels * kLanes * k < kAlone ? 0 : 2, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin * wide; panel < std::min(end * wide, panels); panel += wide) {
+      const int64_t width = std::min(wide, panels - panel);
+      // The first rows wait for memory; the later ones fetch the next group while they compute.
+      const int64_t later = (m - 1) / kMaxRows;
+      const int64_t lines = later ? (width + later - 1) / later : 0;
+      for (int64_t row = 0; row < m; row += kMaxRows) {
+        const int64_t fetched = (row / kMaxRows - 1) * lines;
+        const Ahead ahead{(const char*)(w + (panel + width) * k * kLanes) + fetched * kLine * k / 2,
+                          row && fetched < width ? lines : 0};
+        multiply_rows<EPILOGUE>(x, ldx, w, k, y, ldy, row, std::min<int64_t>(kMaxRows, m - row), panel, width, ahead);
+      }
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -355,7 +361,6 @@ extern "C" {
 // out [ceil(n / 16)][k / 2][16][2] from w [n, k]; missing columns are 0. k must be even.
 void moray_pack(const bf16* w, bf16* out, int64_t n, int64_t k) {
   const int64_t panels = (n + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static)
   for (int64_t panel = 0; panel < panels; ++panel) {
     bf16* to = out + panel * k * kLanes;
     for (int64_t i = 0; i < k; i += 2)
@@ -394,18 +399,19 @@ void moray_swiglus(const bf16* x, const bf16* const* w13, const bf16* const* w2,
 
 // y [m, k] = x / rms(x) * weight. k must be a multiple of 16.
 void moray_rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t m, int64_t k, float eps) {
-#pragma omp parallel for schedule(static) if (m > 8)
-  for (int64_t row = 0; row < m; ++row) {
-    const bf16* from = x + row * k;
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < k; i += kLanes) {
-      const __m512 v = load_bf16(from + i);
-      squares = _mm512_fmadd_ps(v, v, squares);
+  team.run(m, m * k < kAlone ? 0 : 2, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const bf16* from = x + row * k;
+      __m512 squares = _mm512_setzero_ps();
+      for (int64_t i = 0; i < k; i += kLanes) {
+        const __m512 v = load_bf16(from + i);
+        squares = _mm512_fmadd_ps(v, v, squares);
+      }
+      const __m512 inverse = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / float(k) + eps));
+      for (int64_t i = 0; i < k; i += kLanes)
+        store_bf16(y + row * k + i, _mm512_mul_ps(_mm512_mul_ps(load_bf16(from + i), inverse), load_bf16(weight + i)));
     }
-    const __m512 inverse = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / float(k) + eps));
-    for (int64_t i = 0; i < k; i += kLanes)
-      store_bf16(y + row * k + i, _mm512_mul_ps(_mm512_mul_ps(load_bf16(from + i), inverse), load_bf16(weight + i)));
-  }
+  });
 }
 
 // Rotates q and k, writes k and v into the cache, attends.
@@ -425,10 +431,8 @@ void moray_attention(bf16* qkv, const float* cosine, const float* sine, const fl
   const auto cache_of = [&](int64_t s) {
     return Cache{keys, values, block_tables + s * max_blocks, block_size, kv_heads, head_dim};
   };
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < query_starts[sequences]; ++token) {
+  team.run(query_starts[sequences], 2, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) {
       const int64_t s = std::upper_bound(query_starts, query_starts + sequences + 1, token) - query_starts - 1;
       const Cache cache = cache_of(s);
       const int64_t position = context_lens[s] - (query_starts[s + 1] - token);
@@ -445,27 +449,35 @@ void moray_attention(bf16* qkv, const float* cosine, const float* sine, const fl
         cache.write_value(position, h, row + (heads + kv_heads + h) * head_dim);
       }
     }
-    for (int64_t s = 0; s < sequences; ++s) {
+  });
+  // One piece of work is a tile of queries and a KV head: of all sequences, in one row.
+  std::vector<int64_t> works(sequences + 1, 0);
+  for (int64_t s = 0; s < sequences; ++s)
+    works[s + 1] = works[s] + (query_starts[s + 1] - query_starts[s] + tile - 1) / tile * kv_heads;
+  team.run(works[sequences], 16, [&](int64_t first, int64_t last) {
+    for (int64_t work = first; work < last; ++work) {
+      const int64_t s = std::upper_bound(works.begin(), works.end(), work) - works.begin() - 1;
       const Cache cache = cache_of(s);
-      const int64_t begin = query_starts[s], end = query_starts[s + 1];
-      const int64_t tiles = (end - begin + tile - 1) / tile;
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t work = 0; work < tiles * kv_heads; ++work) {
-        const int64_t head = work % kv_heads;
-        const int64_t from = begin + work / kv_heads * tile;
-        Row rows[kMaxRows];
-        int64_t count = 0;
-        for (int64_t token = from; token < std::min(from + tile, end); ++token)
-          for (int64_t g = 0; g < group; ++g) {
-            const int64_t position = context_lens[s] - (end - token), h = head * group + g;
-            rows[count++] = Row{qkv + token * width + h * head_dim, out + (token * heads + h) * head_dim,
-                                chunk ? position / chunk * chunk : 0, position};
-            if (count == kMaxRows) attend(rows, count, cache, head, scale), count = 0;
-          }
-        if (count) attend(rows, count, cache, head, scale);
-      }
+      const int64_t end = query_starts[s + 1], head = (work - works[s]) % kv_heads;
+      const int64_t from = query_starts[s] + (work - works[s]) / kv_heads * tile;
+      Row rows[kMaxRows];
+      int64_t count = 0;
+      for (int64_t token = from; token < std::min(from + tile, end); ++token)
+        for (int64_t g = 0; g < group; ++g) {
+          const int64_t position = context_lens[s] - (end - token), h = head * group + g;
+          rows[count++] = Row{qkv + token * width + h * head_dim, out + (token * heads + h) * head_dim,
+                              chunk ? position / chunk * chunk : 0, position};
+          if (count == kMaxRows) attend(rows, count, cache, head, scale), count = 0;
+        }
+      if (count) attend(rows, count, cache, head, scale);
     }
-  }
+  });
 }
+
+// Of the loops above, from now on; the caller's thread included.
+void moray_set_num_threads(int threads) { team.resize(threads); }
+
+// While parked, they run on the calling thread alone, and the others sleep.
+void moray_park(int parked) { team.park(parked); }
 
 }  // extern "C"

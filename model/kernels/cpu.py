@@ -23,8 +23,7 @@ LANES = 16
 MAX_HEAD_DIM = 256
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_ISA = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
-_FLAGS = ["-fopenmp", *_ISA]
+_FLAGS = ["-pthread", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
 _BF16, _FLOAT, _SWIGLU = 0, 1, 2
 
 
@@ -52,7 +51,22 @@ def _library() -> ctypes.CDLL:
     library.moray_attention.argtypes = (
         [pointer] * 7 + [size] + [pointer] * 2 + [size, pointer] + [size] * 5 + [ctypes.c_float] * 2
     )
+    library.moray_set_num_threads.argtypes = library.moray_park.argtypes = [ctypes.c_int]
+    library.moray_set_num_threads(torch.get_num_threads())
     return library
+
+
+def set_num_threads(threads: int) -> None:
+    """Torch's in this thread, and the kernels' in this process."""
+    torch.set_num_threads(threads)
+    if available():
+        _library().moray_set_num_threads(threads)
+
+
+def park(parked: bool) -> None:
+    """While parked, kernels run on the calling thread alone: the CPUs are for others."""
+    if available():
+        _library().moray_park(parked)
 
 
 class PackedLinear:

@@ -81,10 +81,10 @@ def test_a_server_that_is_dropped_in_mid_call_is_disconnected_after_it(server, c
     while client.table.epoch < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-        client._adopt()
-    assert len(client._by_fd) == 1
+        client._peers.adopt()
+    assert len(client._peers._by_fd) == 1
     assert pending.wait().shape == (2, 96)
-    assert not client._by_fd
+    assert not client._peers._by_fd
 
 
 def test_closing_leaves_no_descriptor(server, client_of):
