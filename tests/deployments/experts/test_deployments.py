@@ -115,6 +115,7 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
     text = render(snapshots).decode()
     for name in ("tokens_total", "calls_total", "busy_seconds_total", "queue", "copies", "imbalance", "waits_total"):
         assert f"\nmoray:expert_{name}{{" in text, name
+    assert text.count("\nmoray:experts_named{") == 2
     assert 'moray:expert_round_trip_seconds_bucket{engine="' in text
     assert "moray:expert_failovers_total{" not in text  # nobody noticed the one that left
     for replica in replicas[1:]:
