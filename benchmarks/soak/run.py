@@ -12,12 +12,16 @@ NUM_PROMPTS = 48
 
 
 async def soak(target: Target, disturbances: Disturbances, calm_seconds: float) -> dict[str, Any]:
-    """The report. Every answer must be complete, and token for token what it was undisturbed."""
+    """The report. Every answer must be complete, and token for token what it was undisturbed.
+
+    calm_seconds: at least so long undisturbed, and until every prompt has been answered once.
+    """
     prompts = prompts_of(target.model, NUM_PROMPTS)
     await load(target.url, target.model, prompts, 16, 0, WARM_SECONDS)
     full = await load(target.url, target.model, prompts, 32, 0, FULL_SECONDS)
     rate = 0.7 * full.num_answers / full.seconds
-    calm = await load(target.url, target.model, prompts, 64, rate, calm_seconds)
+    all_of_them = 1.05 * NUM_PROMPTS / rate
+    calm = await load(target.url, target.model, prompts, 64, rate, max(calm_seconds, all_of_them))
     disturbing = asyncio.create_task(asyncio.to_thread(disturbances.run, target))
     rough = await load(target.url, target.model, prompts, 64, rate, disturbances.seconds)
     await disturbing

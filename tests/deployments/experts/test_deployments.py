@@ -1,8 +1,10 @@
 """Directory, expert servers and engine as the classes that Serve runs, in one process, handles between them."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +140,11 @@ async def test_a_table_with_a_smaller_epoch_is_taken_too(config: ModelConfig) ->
     assert await asyncio.wait_for(directory.next_table(table.epoch + 1000), 1) == table
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(directory.next_table(table.epoch), 0.5)
+
+
+def test_a_directory_needs_no_weights_on_its_host(config: ModelConfig, tmp_path: Path) -> None:
+    shutil.copy(Path(config.path) / "params.json", tmp_path)
+    ExpertDirectory(config.model_copy(update={"path": str(tmp_path)}))
 
 
 async def test_a_model_without_experts_is_refused(tmp_path: Any) -> None:
