@@ -36,7 +36,7 @@ plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (
 	@$(BIN)/python -m deployments.plan $(CONFIG) $(ARGS)
 
 SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_identity.py tests/e2e/test_ranks_on_hosts.py \
-	tests/examples/test_smollm2_moe.py tests/cluster/experts/test_failures.py \
+	tests/e2e/test_experts_on_hosts.py tests/examples/test_smollm2_moe.py tests/cluster/experts/test_failures.py \
 	tests/e2e/test_experts.py::test_their_number_changes_under_load \
 	tests/e2e/test_experts.py::test_without_any_server_requests_fail_in_time_and_the_ranks_live_on
 
@@ -52,7 +52,7 @@ check: setup-dev  ## lint, types, direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-cluster-demo: setup model  ## four hosts in network namespaces (root, iproute2), DEMO on them, a chat; then all is taken down
+cluster-demo: setup model $(if $(findstring moe,$(DEMO)),$(MOE))  ## four hosts in network namespaces (root, iproute2), DEMO on them, a chat; then all is taken down
 	@$(BIN)/python examples/ray-cluster/demo.py $(DEMO)
 
 KUBERAY := v1.7.0

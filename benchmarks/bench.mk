@@ -30,8 +30,8 @@ bench-experts: setup-dev $(MOE)  ## Decode steps with experts on servers beside 
 
 bench-cluster: bench-tp bench-tp-peers bench-experts  ## All three: what it costs to spread a model over processes
 
-soak-experts: setup-dev $(MOE)  ## Kill an expert server every 20 s under load, for 3 minutes
-	.venv/bin/python -m benchmarks.soak_experts $(ARGS)
+soak-experts: setup-dev $(MOE)  ## Kill, freeze or cut off an expert server every 20 s under load, 3 minutes (ARGS="--hosts 4 --kind cut")
+	.venv/bin/python -m benchmarks.soak $(ARGS)
 
 # torchvision, torchaudio and torchcodec do not load beside the CPU build of torch, and nothing here needs them.
 .venv-peers/.installed:

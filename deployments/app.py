@@ -25,6 +25,8 @@ HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s"
 ROUTER = {"request_router_class": "deployments.front.engine_router.EngineRouter"}
 DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Beside Serve's controller: a directory on a host that loses its link would take all others for dead."""
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
 """Torch's OpenMP threads leave the CPU at once after an operation: they would stay awake for milliseconds, where the
 kernels' own threads (model/kernels/team.h) want to run."""
@@ -49,7 +51,7 @@ def _directory(model: ModelConfig) -> Application:
         name=f"directory-{model.id}",
         num_replicas=1,
         max_ongoing_requests=UNLIMITED,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=1.0,
     )

@@ -28,13 +28,17 @@ class HostStack:
     def deploy(self, args: dict[str, Any], **deployments: dict[str, Any]) -> dict[str, Any]:
         """Serve's status when `args` run; `deployments` are options by name, "-" written "_"."""
         config = serve_yaml(args)
-        config["http_options"] = {"host": "0.0.0.0", "port": 8000}
         [application] = config["applications"]
         named = {deployment["name"]: deployment for deployment in application["deployments"]}
         for name, options in deployments.items():
             full = name.replace("_", "-")
             named.setdefault(full, {"name": full}).update(options)
         application["deployments"] = list(named.values())
+        return self.deploy_config(config)
+
+    def deploy_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Serve's status when a whole Serve configuration runs, open to the hosts' network."""
+        config["http_options"] = {"host": "0.0.0.0", "port": 8000}
         self.rest.deploy(config)
         return self.rest.await_running(START_SECONDS)
 

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -145,6 +146,14 @@ class Directory:
         if table is None:
             return {}
         return {(layer, e): len(copies) for layer, experts in table.layers.items() for e, copies in enumerate(experts)}
+
+    def named(self) -> dict[str, int]:
+        """For how many experts the table names a server; those that it asks for none are left out."""
+        table = self._table
+        if table is None:
+            return {}
+        of_all = Counter(copy.server for experts in table.layers.values() for copies in experts for copy in copies)
+        return {table.servers[column].id: count for column, count in of_all.items()}
 
     def members(self) -> dict[str, tuple[ServerAddress, int, int, bool]]:
         """Address, units held, units assigned, whether it leaves: of every live server."""

@@ -11,7 +11,9 @@ from cluster.experts.table import Assignment, Report, RoutingTable
 from deployments.config import ModelConfig
 from deployments.experts.metrics import DirectoryCollector
 from deployments.metrics import Snapshot, snapshot
-from model.checkpoint import open_checkpoint
+from model.checkpoint import local_path
+from model.checkpoint.architecture import read_args
+from model.checkpoint.hub import ARCHITECTURE_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class ExpertDirectory:
 
     def __init__(self, config: ModelConfig) -> None:
         assert config.experts is not None
-        args = open_checkpoint(config.path).args
+        args = read_args(local_path(config.path, ARCHITECTURE_FILES))  # its host need not have the weights
         if args.moe_args is None:
             raise ValueError(f"model {config.id!r} has no experts: remove `experts` from its configuration")
         layers = [layer for layer in range(args.n_layers) if args.is_moe_layer(layer)]

@@ -80,6 +80,13 @@ class DirectoryCollector(Collector):
         self._directory, self._model = directory, model
 
     def collect(self) -> Iterator[Metric]:
+        named = GaugeMetricFamily(
+            "moray:experts_named", "Experts for which the table names a server.", labels=("model_name", "server")
+        )
+        # Before the copies: they are then of this table or of a later one.
+        for server, count in sorted(self._directory.named().items()):
+            named.add_metric((self._model, server), count)
+        yield named
         copies = GaugeMetricFamily(
             "moray:expert_copies", "Servers that hold an expert.", labels=("model_name", "layer", "expert")
         )

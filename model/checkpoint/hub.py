@@ -9,6 +9,8 @@ from model.checkpoint.errors import CheckpointError
 SCHEME = "hf://"
 _ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+ARCHITECTURE_FILES = ("config.json",)
+"""All that a process needs which holds no weights."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

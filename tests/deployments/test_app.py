@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from deployments.app import build, placement
+from deployments.app import ON_HEAD, build, placement
 from deployments.config import ConfigError, ModelConfig
 
 
@@ -34,5 +34,6 @@ def test_ranks_that_fit_no_node_are_refused_with_what_there_is() -> None:
 
 def test_there_is_an_expert_server_for_each_copy(tmp_path: Path) -> None:
     application: Any = build({"models": [{"id": "m", "path": str(tmp_path), "experts": {"copies": 3}}]})
-    _, _, experts, _ = application._bound_deployment.init_args
+    _, _, experts, directories = application._bound_deployment.init_args
     assert experts[0]._bound_deployment.num_replicas == 3
+    assert directories[0]._bound_deployment.ray_actor_options["resources"] == ON_HEAD

@@ -17,11 +17,13 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.soak_experts import CONFIG, Disturbance, Target, load, prompts_of, serve_config, soak
+from benchmarks.soak.disturbances import KILL, STOP, Disturbances
+from benchmarks.soak.load import load, prompts_of
+from benchmarks.soak.run import soak
+from benchmarks.soak.stacks import MODEL, ONE_HOST, serve_config
+from benchmarks.soak.target import Target
 from tests.e2e.streams import together
 from tests.stack import ROOT, Stack
-
-MODEL = "smollm2-moe"
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "models" / MODEL / "config.json").is_file(), reason=f"models/{MODEL} is not there: `make test` makes it"
@@ -38,14 +40,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.mark.timeout(280)
 async def test_a_death_and_a_freeze_cost_nothing(stack: Stack) -> None:
-    target, disturbance = Target(stack, MODEL), Disturbance()
-    signals = [int(signal.SIGKILL), int(signal.SIGSTOP)]
-    report = await soak(target, lambda: disturbance.run(target, 20, 2, signals), seconds=40, calm_seconds=15)
-    print(report, disturbance.restored)
+    report = await soak(Target(stack.url, MODEL), Disturbances([KILL, STOP], 2), calm_seconds=15)
+    print(report)
     assert report["requests"] > 10
     assert report["lost"] == report["changed"] == report["several_answers"] == 0
     assert report["failovers"] >= 1
-    assert max(disturbance.restored) < 15
+    assert max(report["restored_s"]) < 15
     assert report["longest_ms"] < report["calm_p99_ms"] + 1000  # 300 on a quiet machine: `make soak-experts`
 
 
@@ -61,7 +61,7 @@ def cluster(stack: Stack) -> dict[str, Any]:
 @pytest.mark.timeout(280)
 async def test_both_copies_of_an_expert_die_and_streams_go_on(stack: Stack) -> None:
     """They pause until the directory has had the expert loaded elsewhere."""
-    target, requests = Target(stack, MODEL), streams_of(8, 160)
+    target, requests = Target(stack.url, MODEL), streams_of(8, 160)
     await asyncio.to_thread(wait_for_servers, target, 4)
     before = await together(stack.url, requests)
     servers = (await asyncio.to_thread(cluster, stack))["experts"]
@@ -96,8 +96,9 @@ async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tm
         before = await together(stack.url, requests)
         engines = (await asyncio.to_thread(cluster, stack))["engines"]
         assert len(engines[0]["ranks"]) == 3
-        target = Target(stack, MODEL)
-        servers, generated = target.servers(), sum(target.metrics("vllm:generation_tokens_total"))
+        target = Target(stack.url, MODEL)
+        servers = [psutil.Process(server.pid) for server in target.servers()]
+        generated = sum(target.metrics("vllm:generation_tokens_total"))
 
         async def freeze() -> None:  # once all streams have begun: before, the answer would be 503
             while sum(await asyncio.to_thread(target.metrics, "vllm:generation_tokens_total")) < generated + 40:
@@ -124,7 +125,7 @@ async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tm
 @pytest.mark.timeout(600)
 async def test_their_number_changes_under_load(stack: Stack, tmp_path: Path) -> None:
     """2 -> 6 -> 3 by `serve deploy`."""
-    target = Target(stack, MODEL)
+    target = Target(stack.url, MODEL)
     prompts = prompts_of(target.model, 16)
     calm = await load(target.url, MODEL, prompts, 8, 0, 8)
     loading = asyncio.create_task(load(target.url, MODEL, prompts, 8, 2, 90))
@@ -164,7 +165,7 @@ def wait_for_servers(target: Target, count: int, copies: int = 2) -> None:
 
 
 def test_the_example_is_what_is_tested() -> None:
-    application = yaml.safe_load(CONFIG.read_text())["applications"][0]
+    application = yaml.safe_load(ONE_HOST.read_text())["applications"][0]
     (model,) = application["args"]["models"]
     assert application["deployments"][-1]["num_replicas"] == 4
     assert (model["engine"]["tensor_parallel_size"], model["experts"]["copies"]) == (3, 2)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from tiny_scout import digits
 
-from benchmarks.soak_experts import Target
+from benchmarks.soak.target import Target
 from cluster.shared_memory import available
 from tests.e2e.conftest import GGUF
 from tests.e2e.test_experts import deploy, wait_for_servers
@@ -141,7 +141,7 @@ def test_any_number_of_expert_servers_says_the_same(tmp_path: Path, alone: Any) 
     with running(tmp_path, model, (1, 1, 1)) as stack:
         for count in (1, 2, 3, 5, 8):
             deploy(stack, tmp_path / "changed.yaml", count)
-            wait_for_servers(Target(stack, model), count, copies=1)
+            wait_for_servers(Target(stack.url, model), count, copies=1)
             assert asyncio.run(ask(stack, model)) == expected
 
 

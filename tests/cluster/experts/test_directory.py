@@ -109,6 +109,8 @@ def test_a_silent_server_is_dropped_and_its_experts_are_held_twice_again():
     world.run(DEAD_AFTER_SECONDS + 1.5)
     assert "b" not in {server.id for server in world.directory.table.servers}
     assert {len(names) for names in world.copies_of().values()} == {2}
+    assert set(world.directory.named()) == {"a", "c", "d"}
+    assert sum(world.directory.named().values()) == 2 * len(world.copies_of())
     assert world.directory.table.epoch > epoch
 
 

@@ -1,8 +1,10 @@
 """Directory, expert servers and engine as the classes that Serve runs, in one process, handles between them."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +117,7 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
     text = render(snapshots).decode()
     for name in ("tokens_total", "calls_total", "busy_seconds_total", "queue", "copies", "imbalance", "waits_total"):
         assert f"\nmoray:expert_{name}{{" in text, name
+    assert text.count("\nmoray:experts_named{") == 2
     assert 'moray:expert_round_trip_seconds_bucket{engine="' in text
     assert "moray:expert_failovers_total{" not in text  # nobody noticed the one that left
     for replica in replicas[1:]:
@@ -137,6 +140,11 @@ async def test_a_table_with_a_smaller_epoch_is_taken_too(config: ModelConfig) ->
     assert await asyncio.wait_for(directory.next_table(table.epoch + 1000), 1) == table
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(directory.next_table(table.epoch), 0.5)
+
+
+def test_a_directory_needs_no_weights_on_its_host(config: ModelConfig, tmp_path: Path) -> None:
+    shutil.copy(Path(config.path) / "params.json", tmp_path)
+    ExpertDirectory(config.model_copy(update={"path": str(tmp_path)}))
 
 
 async def test_a_model_without_experts_is_refused(tmp_path: Any) -> None:

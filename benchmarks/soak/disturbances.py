@@ -1,0 +1,102 @@
+"""What is done to expert servers, and how long the directory takes until every expert has its copies again."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from benchmarks.soak.target import Server, Target
+from cluster.network import Host
+
+CUT_SECONDS = 10.0
+"""How long a link is cut: the directory drops a server after three, and the others load its experts in some more.
+Ray gives a node up after 15 or more, which is the death of a host rather than of its link."""
+LOOK_SECONDS = 7.0
+"""Before a disturbance is due its server is chosen: one that is frozen meanwhile delays the answer by five."""
+RESTORE_SECONDS, ASK_SECONDS = 60.0, 1.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """run: does it to a server. spares: addresses of hosts whose servers it does not touch."""
+
+    name: str
+    run: Callable[[Server], None]
+    spares: Callable[[Target], set[str]] = lambda _target: set()
+
+
+KILL = Kind("kill", lambda server: os.kill(server.pid, signal.SIGKILL))
+STOP = Kind("stop", lambda server: os.kill(server.pid, signal.SIGSTOP))
+
+
+def cut(hosts: Sequence[Host], head: Host) -> Kind:
+    """A host's link, for CUT_SECONDS. Those of the head, of engines and of fronts are left alone: experts only."""
+    by_address = {host.address: host for host in hosts}
+
+    def run(server: Server) -> None:
+        host = by_address[server.host]
+        host.cut()
+        threading.Timer(CUT_SECONDS, host.restore).start()
+
+    return Kind("cut", run, lambda target: target.hosts_of_the_rest() | {head.address})
+
+
+@dataclass
+class Disturbances:
+    """One of `kinds` in turn every so many seconds, `number` times.
+
+    happened: kind, server and time of each. restored: seconds after each until a table named the server no more, and
+    had two copies of everything.
+    """
+
+    kinds: Sequence[Kind]
+    number: int
+    every: float = 20.0
+    happened: list[tuple[str, Server, float]] = field(default_factory=list)
+    restored: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.number * self.every
+
+    def run(self, target: Target) -> None:
+        begun = time.perf_counter()
+        for round_ in range(self.number):
+            due = begun + self.every * (round_ + 0.5)
+            _sleep_until(due - LOOK_SECONDS)
+            kind = self.kinds[round_ % len(self.kinds)]
+            spared = kind.spares(target)
+            servers = [server for server in target.servers() if server.host not in spared]
+            victim = servers[round_ % len(servers)]
+            _sleep_until(due)
+            kind.run(victim)
+            self.happened.append((kind.name, victim, time.perf_counter()))
+            self.restored.append(_restored(target, victim))
+
+    def after(self, moment: float) -> str:
+        """What happened last before `moment`, and how long before: "kill + 0.3 s"."""
+        before = [(kind, at) for kind, _, at in self.happened if at <= moment]
+        return f"{before[-1][0]} + {moment - before[-1][1]:.1f} s" if before else "before all"
+
+
+def _restored(target: Target, victim: Server) -> float:
+    """Asks every second, without waiting for the answer before: metrics wait five seconds for a silent replica, but
+    say how it was when they were asked for."""
+    begun = time.perf_counter()
+    asked: dict[Future[float], float] = {}
+    with ThreadPoolExecutor() as pool:
+        while (seconds := time.perf_counter() - begun) < RESTORE_SECONDS:
+            asked[pool.submit(target.copies_without, victim.id)] = seconds
+            time.sleep(ASK_SECONDS)
+            for answer in [answer for answer in asked if answer.done()]:
+                if answer.result() >= 2:
+                    return asked[answer]
+                del asked[answer]
+    return float("inf")
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
