@@ -3,7 +3,7 @@
 HF_FOLDER := models/hf/SmolLM2-135M-Instruct
 RANDOM_LLAMA := models/hf/random-llama
 
-.PHONY: bench-peers bench-client bench-tp bench-tp-peers bench-moe bench-experts bench-cluster soak-experts quality
+.PHONY: bench-peers bench-client bench-tp bench-tp-peers bench-moe bench-experts bench-cluster soak-experts soak-shift quality
 bench-peers: .venv-peers/.installed $(HF_FOLDER)/config.json  ## Moray beside vLLM on the same weights (ARGS="--rounds 3")
 	.venv/bin/python -m benchmarks.peers $(ARGS)
 
@@ -32,6 +32,9 @@ bench-cluster: bench-tp bench-tp-peers bench-experts  ## All three: what it cost
 
 soak-experts: setup-dev $(MOE)  ## Kill, freeze or cut off an expert server every 20 s under load, 3 minutes (ARGS="--hosts 4 --kind cut")
 	.venv/bin/python -m benchmarks.soak $(ARGS)
+
+soak-shift: setup-dev $(MOE)  ## Traffic shifts: how soon expert servers are even again, and whether a request waits for it
+	.venv/bin/python -m benchmarks.soak.shift
 
 # torchvision, torchaudio and torchcodec do not load beside the CPU build of torch, and nothing here needs them.
 .venv-peers/.installed:

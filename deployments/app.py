@@ -27,7 +27,7 @@ DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """Beside Serve's controller: a directory on a host that loses its link would take all others for dead."""
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Torch's OpenMP threads leave the CPU at once after an operation: they would stay awake for milliseconds, where the
 kernels' own threads (model/kernels/team.h) want to run."""
 

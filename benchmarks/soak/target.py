@@ -39,7 +39,7 @@ class Target:
 
     def metrics(self, pattern: str) -> list[float]:
         """Values of the series whose line matches `pattern`."""
-        return [float(line.rsplit(" ", 1)[1]) for line in self._lines() if re.match(pattern, line)]
+        return [float(line.rsplit(" ", 1)[1]) for line in self.lines() if re.match(pattern, line)]
 
     def num_servers(self) -> float:
         return next(iter(self.metrics("moray:expert_servers")), 0)
@@ -50,13 +50,14 @@ class Target:
 
     def copies_without(self, server: str) -> float:
         """The fewest copies of any expert in a table that no longer names `server`; 0 while there is none."""
-        lines = self._lines()
+        lines = self.lines()
         named = [line for line in lines if line.startswith("moray:experts_named{")]
         if not named or any(f'server="{server}"' in line for line in named):
             return 0
         return min(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("moray:expert_copies{"))
 
-    def _lines(self) -> list[str]:
+    def lines(self) -> list[str]:
+        """Of the metrics."""
         return self._get("/metrics").splitlines()
 
     def _cluster(self) -> dict[str, Any]:

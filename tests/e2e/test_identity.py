@@ -139,7 +139,7 @@ def test_any_number_of_expert_servers_says_the_same(tmp_path: Path, alone: Any) 
     """1 to 8, changed in place."""
     model, expected = "smollm2-moe", alone("smollm2-moe")
     with running(tmp_path, model, (1, 1, 1)) as stack:
-        for count in (1, 2, 3, 5, 8):
+        for count in range(1, 9):
             deploy(stack, tmp_path / "changed.yaml", count)
             wait_for_servers(Target(stack.url, model), count, copies=1)
             assert asyncio.run(ask(stack, model)) == expected

@@ -1,0 +1,108 @@
+"""Traffic shifts from prose to numbers: how soon expert servers are even again, and what the move costs requests.
+
+Experts move in the first half minute after the shift; later nothing moves. What requests wait for longer in the first
+than in the second is the move's doing.
+
+    make soak-shift
+"""
+
+import asyncio
+import json
+import random
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.soak.load import load, prompts_of
+from benchmarks.soak.stacks import MODEL, on_this_host
+from benchmarks.soak.target import Target
+from cluster.experts.placement import imbalance
+
+STREAMS = 8
+BEFORE_SECONDS, MOVING_SECONDS, CALM_SECONDS = 30.0, 30.0, 30.0
+WINDOW_SECONDS = 10.0
+"""Over which rows are counted: the last before the half minute is over."""
+_ROWS = re.compile(r'moray:expert_tokens_total\{.*?layer="(\d+)".*?server="([^"]+)"\} (\S+)')
+
+Rows = Counter[tuple[int, str]]
+"""By layer and server."""
+
+
+def numbers(count: int) -> list[str]:
+    """Prompts of digits."""
+    draw = random.Random(0)
+    return [" ".join(str(draw.randrange(10_000)) for _ in range(20)) for _ in range(count)]
+
+
+def rows_of(target: Target) -> Rows:
+    """What the servers have computed so far."""
+    rows: Rows = Counter()
+    for line in target.lines():
+        if found := _ROWS.match(line):
+            rows[int(found[1]), found[2]] += int(float(found[3]))
+    return rows
+
+
+def imbalances(before: Rows, after: Rows) -> list[float]:
+    """Busiest server over the mean, of each layer."""
+    servers = sorted({server for _, server in after})
+    layers = sorted({layer for layer, _ in after})
+    return [imbalance([float(after[layer, s] - before[layer, s]) for s in servers]) for layer in layers]
+
+
+async def window(target: Target, end: float, seconds: float) -> list[float]:
+    """Imbalances over the `seconds` before `end`."""
+    await asyncio.sleep(max(0.0, end - seconds - time.perf_counter()))
+    before = await asyncio.to_thread(rows_of, target)
+    await asyncio.sleep(max(0.0, end - time.perf_counter()))
+    return imbalances(before, await asyncio.to_thread(rows_of, target))
+
+
+async def shift(target: Target) -> dict[str, Any]:
+    """The report."""
+    prose = prompts_of(target.model, 200)
+    await load(target.url, target.model, prose, STREAMS, 0, BEFORE_SECONDS)
+    begun, epochs = time.perf_counter(), target.metrics("moray:expert_table_epoch")
+    loading = asyncio.create_task(
+        load(target.url, target.model, numbers(400), STREAMS, 0, MOVING_SECONDS + CALM_SECONDS)
+    )
+    at_once = await window(target, begun + 5, 5)
+    after = await window(target, begun + MOVING_SECONDS, WINDOW_SECONDS)
+    moved = target.metrics("moray:expert_table_epoch")
+    answers = await loading
+    moving = [gap for end, gap in answers.gaps if end - begun < MOVING_SECONDS]
+    calm = [gap for end, gap in answers.gaps if begun + MOVING_SECONDS <= end < begun + MOVING_SECONDS + CALM_SECONDS]
+    return {
+        "requests": answers.num_answers,
+        "lost": len(answers.lost),
+        "tables": int(max(moved) - max(epochs)),
+        "imbalance_at_once": summary(at_once),
+        "imbalance_after_30_s": summary(after),
+        "gaps_moving_ms": longest(moving),
+        "gaps_calm_ms": longest(calm),
+    }
+
+
+def summary(imbalances: list[float]) -> dict[str, float]:
+    return {"median_layer": round(statistics.median(imbalances), 3), "worst_layer": round(max(imbalances), 3)}
+
+
+def longest(gaps: list[float]) -> dict[str, int]:
+    ordered = sorted(gaps)
+    return {name: round(1000 * ordered[int(share * (len(ordered) - 1))]) for name, share in SHARES}
+
+
+SHARES = (("p50", 0.5), ("p99", 0.99), ("longest", 1.0))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="shift-") as folder, on_this_host(Path(folder)) as stack:
+        print(json.dumps(asyncio.run(shift(Target(stack.url, MODEL))), indent=1))
+
+
+if __name__ == "__main__":
+    main()
