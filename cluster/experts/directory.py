@@ -26,7 +26,7 @@ DEAD_AFTER_SECONDS = 3.0
 SETTLE_SECONDS = 2.0
 """Before the first placement: servers that start together should not load what others will hold."""
 REBALANCE_SECONDS = 3.0
-LOAD_SECONDS = 5.0
+LOAD_SECONDS = 10.0
 """Load is an average over about so long."""
 UNEVEN = 1.1
 FEWEST_ROWS = 50.0

@@ -50,6 +50,8 @@ class Peers:
         self._unnamed: list[Peer] = []
         """No table names them any more, but calls under way there may still be answered."""
         self._balances: dict[int, Balance] = {}
+        self._current: set[int] = set()
+        """Layers whose balance is of this table, and of the servers that answer now."""
 
     def start(self) -> None:
         self._following.start()
@@ -75,12 +77,12 @@ class Peers:
 
     def balance(self, layer: int) -> Balance:
         """Of the servers that answer."""
-        found = self._balances.get(layer)
-        if found is None:
+        if layer not in self._current:
             assert self.table is not None
             usable = [self.at(place).is_usable for place in range(len(self.table.servers))]
-            found = self._balances[layer] = Balance(self.table.layers[layer], usable)
-        return found
+            self._balances[layer] = Balance(self.table.layers[layer], usable, self._balances.get(layer))
+            self._current.add(layer)
+        return self._balances[layer]
 
     def send(self, peer: Peer, header: bytes, payload: memoryview) -> None:
         """payload: not to be changed before it is answered. Raises Disconnected."""
@@ -119,7 +121,7 @@ class Peers:
         update = self._following.take()
         if update is None:
             return
-        self._balances.clear()
+        self._current.clear()
         if update.table is not None:
             self._adopt_table(update.table)
         for name, connection in update.connections:
@@ -130,14 +132,14 @@ class Peers:
         if peer.is_suspect:
             logger.info("expert server %s answers again", peer.id)
             peer.is_suspect = False
-            self._balances.clear()
+            self._current.clear()
 
     def suspect(self, peer: Peer, seconds: float) -> None:
         """It has not answered for so long."""
         if not peer.is_suspect:
             logger.warning("expert server %s did not answer for %.0f ms: others are asked", peer.id, 1000 * seconds)
             peer.is_suspect = True
-            self._balances.clear()
+            self._current.clear()
 
     def lose(self, peer: Peer, why: str) -> None:
         """The connection is of no more use; `Following` opens another when it can."""
@@ -146,7 +148,7 @@ class Peers:
         logger.warning("expert server %s is lost (%s): others are asked", peer.id, why)
         self._disconnect(peer)
         peer.is_suspect = False
-        self._balances.clear()
+        self._current.clear()
         self._following.reconnect(peer.id)
 
     def discard_unnamed(self, asked: Collection[Peer]) -> None:
@@ -175,6 +177,8 @@ class Peers:
             self._epoll.modify(fd, select.EPOLLIN)
 
     def _adopt_table(self, table: RoutingTable) -> None:
+        if self.table is not None and self.table.servers != table.servers:
+            self._balances.clear()  # places are other servers now
         self.table = table
         near = sum(server.host == self._host for server in table.servers)
         self.are_crowding = near > 0 and near + torch.get_num_threads() > len(os.sched_getaffinity(0))

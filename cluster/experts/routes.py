@@ -47,13 +47,27 @@ class Segment:
 
 
 class Balance:
-    """Deals the rows of one layer to servers. copies: of each expert; usable: whether a server is, by place."""
+    """Deals the rows of one layer to servers.
 
-    def __init__(self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool]) -> None:
+    copies: of each expert; usable: whether a server is, by place; before: the balance that this one replaces. What
+    that owed is still owed: tables follow each other by the second, and who starts anew favors the first copies.
+    """
+
+    def __init__(
+        self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool], before: "Balance | None" = None
+    ) -> None:
         self._copies = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
         self._num_servers = len(usable)
-        self._owed = [[0.0] * len(of) for of in self._copies]
+        owed = [{}] * len(copies) if before is None else before.owed()
+        self._owed = [[of.get(copy.server, 0.0) for copy in held] for of, held in zip(owed, self._copies, strict=True)]
         """Rows by which each copy is behind its share."""
+
+    def owed(self) -> list[dict[int, float]]:
+        """Rows by which servers are behind their shares of each expert."""
+        return [
+            {copy.server: rows for copy, rows in zip(held, of, strict=True)}
+            for held, of in zip(self._copies, self._owed, strict=True)
+        ]
 
     def deal(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
         """experts: int64 [k], of each row -> the order that sorts rows by server and expert, and each server's part.

@@ -51,6 +51,17 @@ def test_shares_are_kept_by_rows_not_by_steps():
     assert abs(of[2] - 0.5) < 0.05
 
 
+def test_shares_are_kept_over_tables_that_follow_each_other():
+    """Four copies get equal parts even if every ninth step brings a new table."""
+    copies, given, balance = [[Copy(server, 0.25) for server in range(4)]], Counter(), None
+    for step in range(900):
+        if step % 9 == 0:
+            balance = Balance(copies, [True] * 4, balance)
+        for segment in balance.deal(np.zeros(4, np.int64))[1]:
+            given[segment.server] += segment.num_rows
+    assert max(given.values()) < 1.02 * 900
+
+
 def test_clients_that_ask_for_different_experts_are_even_together():
     """As tensor-parallel ranks do: each has every third expert."""
     loads = np.array([0.25, 0.02, 0.1, 0.2, 0.02, 0.25, 0.08, 0.08])
