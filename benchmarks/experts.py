@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+import deployments  # noqa: F401 (sets what workers inherit)
 from cluster.experts.client import ExpertClient
 from cluster.shard import Shard
-from deployments.app import ENGINE_ENVIRONMENT
 from model.datatypes import PagedBatch
 from tests.cluster.experts.processes import HOST, Cluster, ManagedDirectory
 
@@ -71,7 +71,7 @@ class Decoding:
 
 
 class Worker:
-    """A process that decodes, as an engine's does."""
+    """A process that decodes with the environment of an engine's."""
 
     def __init__(self, options: argparse.Namespace, socket: str | None) -> None:
         arguments = [f"--{name}={getattr(options, name)}" for name in ("model", "concurrency", "context", "threads")]
@@ -84,7 +84,7 @@ class Worker:
         ]
         self._process = subprocess.Popen(
             command,
-            env=os.environ | ENGINE_ENVIRONMENT | {"BENCH_WORKER": "1"},
+            env=os.environ | {"BENCH_WORKER": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -27,9 +27,6 @@ DRAIN_SECONDS = 300.0
 """A replica that is taken away may finish its streams for this long."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """Beside Serve's controller: a directory on a host that loses its link would take all others for dead."""
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-"""Torch's OpenMP threads leave the CPU at once after an operation: they would stay awake for milliseconds, where the
-kernels' own threads (model/kernels/team.h) want to run."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -73,7 +70,6 @@ def _experts(model: ModelConfig, directory: Application) -> Application:
 
 def _engine(model: ModelConfig, directory: Application | None) -> Application:
     options = placement(model, _nodes())
-    options["ray_actor_options"]["runtime_env"] = {"env_vars": ENGINE_ENVIRONMENT}
     deployment: Any = serve.deployment(
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,

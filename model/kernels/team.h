@@ -31,7 +31,7 @@ class Team {
 
   // While parked, loops run on the calling thread alone, and the others sleep. Afterwards they wait awake for a loop.
   void park(bool parked) {
-    if (parked_.exchange(parked) && !parked) wake();
+    if (parked_.exchange(parked) && !parked && sleepers_.load()) wake();
   }
 
   // work(begin, end) for ranges that cover 0 to count, each once, `pieces` to a thread; returns when all are done.
