@@ -13,6 +13,12 @@ import yaml
 ROOT = Path(__file__).parents[1]
 READY_SECONDS = 120
 
+needs_moe = pytest.mark.skipif(
+    not (ROOT / "models/smollm2-moe/config.json").is_file(),
+    reason="models/smollm2-moe is not there: `make test` makes it",
+)
+"""Marks tests of the mixture of experts that examples/smollm2-moe makes of the quickstart's model."""
+
 
 class Stack:
     """`python -m deployments.local serve` of `config`, and `stop`."""

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak.load import load, prompts_of
+from benchmarks.soak.load import Answers, load, prompts_of
 from benchmarks.soak.stacks import MODEL, on_this_host
 from benchmarks.soak.target import Target
 from cluster.experts.placement import imbalance
@@ -74,16 +74,14 @@ async def shift(target: Target) -> dict[str, Any]:
     after = await window(target, begun + MOVING_SECONDS, WINDOW_SECONDS)
     moved = target.metrics("moray:expert_table_epoch")
     answers = await loading
-    moving = [gap for end, gap in answers.gaps if end - begun < MOVING_SECONDS]
-    calm = [gap for end, gap in answers.gaps if begun + MOVING_SECONDS <= end < begun + MOVING_SECONDS + CALM_SECONDS]
     return {
         "requests": answers.num_answers,
         "lost": len(answers.lost),
         "tables": int(max(moved) - max(epochs)),
         "imbalance_at_once": summary(at_once),
         "imbalance_after_30_s": summary(after),
-        "gaps_moving_ms": longest(moving),
-        "gaps_calm_ms": longest(calm),
+        "gaps_moving_ms": gaps(answers, begun, MOVING_SECONDS),
+        "gaps_calm_ms": gaps(answers, begun + MOVING_SECONDS, CALM_SECONDS),
     }
 
 
@@ -91,12 +89,11 @@ def summary(imbalances: list[float]) -> dict[str, float]:
     return {"median_layer": round(statistics.median(imbalances), 3), "worst_layer": round(max(imbalances), 3)}
 
 
-def longest(gaps: list[float]) -> dict[str, int]:
-    ordered = sorted(gaps)
-    return {name: round(1000 * ordered[int(share * (len(ordered) - 1))]) for name, share in SHARES}
-
-
-SHARES = (("p50", 0.5), ("p99", 0.99), ("longest", 1.0))
+def gaps(answers: Answers, begin: float, seconds: float) -> dict[str, int]:
+    """Between tokens, of those that ended in so many seconds from `begin`."""
+    some = Answers(gaps=[(end, gap) for end, gap in answers.gaps if begin <= end < begin + seconds])
+    found = {"p50": some.percentile(0.5), "p99": some.percentile(0.99), "longest": some.longest()}
+    return {name: round(1000 * gap) for name, gap in found.items()}
 
 
 def main() -> None:

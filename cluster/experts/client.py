@@ -30,8 +30,6 @@ DEADLINE_SECONDS = 0.1
 GIVE_UP_SECONDS = 60.0
 """How long a step waits while no copy of an expert answers."""
 
-_NONE: frozenset[str] = frozenset()
-
 
 class ExpertsUnavailable(Exception):
     """No copy of an expert answered for so long that the step was given up. The message names the experts."""
@@ -109,7 +107,7 @@ class ExpertClient:
         order, segments = self._peers.balance(layer).deal(experts_k.numpy())
         pending = PendingRows(self, layer, Rows(x_kD, order))
         for segment in segments:
-            self._send(pending, segment, _NONE)
+            self._send(pending, segment, frozenset())
         return pending
 
     def _send(self, pending: "PendingRows", segment: Segment, tried: frozenset[str]) -> None:
@@ -161,7 +159,7 @@ class ExpertClient:
             for id in pending.calls:
                 del self._calls[id]
             pending.calls.clear()
-            self._peers.discard_unnamed({call.peer for call in self._calls.values()})
+            self._peers.discard_unnamed(call.peer for call in self._calls.values())
 
     def _wait(self, pending: "PendingRows") -> None:
         begun = time.monotonic()

@@ -3,7 +3,7 @@
 import logging
 import os
 import select
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +79,7 @@ class Peers:
         """Of the servers that answer."""
         if layer not in self._current:
             assert self.table is not None
-            usable = [self.at(place).is_usable for place in range(len(self.table.servers))]
-            self._balances[layer] = Balance(self.table.layers[layer], usable, self._balances.get(layer))
+            self._balances[layer] = Balance(self.table.layers[layer], self._usable(), self._balances.get(layer))
             self._current.add(layer)
         return self._balances[layer]
 
@@ -151,12 +150,15 @@ class Peers:
         self._current.clear()
         self._following.reconnect(peer.id)
 
-    def discard_unnamed(self, asked: Collection[Peer]) -> None:
+    def discard_unnamed(self, asked: Iterable[Peer]) -> None:
         """Hangs up on servers that no table names, but for those that are `asked` for something."""
+        if not self._unnamed:  # as after nearly every layer of every step
+            return
+        kept = set(asked)
         for peer in self._unnamed:
-            if peer not in asked:
+            if peer not in kept:
                 self._disconnect(peer)
-        self._unnamed = [peer for peer in self._unnamed if peer in asked]
+        self._unnamed = [peer for peer in self._unnamed if peer in kept]
 
     def lacking(self) -> str:
         """Why steps would wait; empty when every expert has a server that answers."""
@@ -165,11 +167,16 @@ class Peers:
             return "no table from the directory yet"
         if missing := self.table.missing():
             return f"{len(missing)} experts are on no server yet"
-        usable = [self.at(place).is_usable for place in range(len(self.table.servers))]
+        usable = self._usable()
         layers = self.table.layers.values()
         unserved = sum(not any(usable[copy.server] for copy in copies) for experts in layers for copies in experts)
         silent = [server.id for server, is_usable in zip(self.table.servers, usable, strict=True) if not is_usable]
         return f"{unserved} experts are only on servers that do not answer: {', '.join(silent)}" if unserved else ""
+
+    def _usable(self) -> list[bool]:
+        """By place in the table."""
+        assert self.table is not None
+        return [self._by_id[server.id].is_usable for server in self.table.servers]
 
     def _flush(self, fd: int, connection: Connection) -> None:
         connection.flush()

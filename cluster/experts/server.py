@@ -228,6 +228,6 @@ class ExpertServer:
             raise ValueError(
                 f"{sum(call.counts)} rows of {dim} {call.dtype} are {wanted} bytes, not {len(frame.payload)}"
             )
-        if not wanted:
+        if not wanted:  # `frombuffer` takes no empty one
             return torch.empty(0, dim, dtype=dtype)
         return torch.frombuffer(frame.payload, dtype=dtype).view(-1, dim)

@@ -31,7 +31,7 @@ class Team {
 
   // While parked, loops run on the calling thread alone, and the others sleep. Afterwards they wait awake for a loop.
   void park(bool parked) {
-    if (parked_.exchange(parked) && !parked && sleepers_.load()) wake();
+    if (parked_.exchange(parked) && !parked) wake();
   }
 
   // work(begin, end) for ranges that cover 0 to count, each once, `pieces` to a thread; returns when all are done.
@@ -52,7 +52,7 @@ class Team {
     done_.store(0, std::memory_order_relaxed);
     const uint64_t next = (ticket_.load(std::memory_order_relaxed) >> kLoopShift) + 1;
     ticket_.store(next << kLoopShift | uint64_t(pieces) << kPiecesShift);
-    if (sleepers_.load()) wake();
+    wake();
     take_part();
     for (int turn = 0; done_.load(std::memory_order_acquire) < pieces; ++turn)
       turn < kTurns ? _mm_pause() : (void)sched_yield();  // who has the last piece may need this CPU
@@ -107,6 +107,7 @@ class Team {
   }
 
   void wake() {
+    if (!sleepers_.load()) return;
     wakes_.fetch_add(1);
     futex(FUTEX_WAKE_PRIVATE, kMost);
   }

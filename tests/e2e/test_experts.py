@@ -23,11 +23,9 @@ from benchmarks.soak.run import soak
 from benchmarks.soak.stacks import MODEL, ONE_HOST, serve_config
 from benchmarks.soak.target import Target
 from tests.e2e.streams import together
-from tests.stack import ROOT, Stack
+from tests.stack import ROOT, Stack, needs_moe
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "models" / MODEL / "config.json").is_file(), reason=f"models/{MODEL} is not there: `make test` makes it"
-)
+pytestmark = needs_moe
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,9 @@ from benchmarks.soak.stacks import MODEL, on_hosts
 from benchmarks.soak.target import Target
 from deployments.serve_rest import replicas
 from tests.hosts import HostStack, needs_hosts
-from tests.stack import ROOT
+from tests.stack import needs_moe
 
-pytestmark = [
-    needs_hosts,
-    pytest.mark.skipif(not (ROOT / "models" / MODEL / "config.json").is_file(), reason=f"models/{MODEL} is not there"),
-]
+pytestmark = [needs_hosts, needs_moe]
 
 
 @pytest.fixture(scope="module")
