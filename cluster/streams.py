@@ -64,18 +64,27 @@ class Connection:
         """Whether `flush` should be called when the socket takes more."""
         return bool(self._unsent)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it holds nothing: others may use the socket, if they leave what they do not finish to this."""
+        return not self._unsent and self._start == self._end
+
     def send(self, header: bytes, payload: memoryview = _EMPTY) -> None:
         """Queues a frame and sends what goes. payload: bytes, not to be changed while `is_sending`.
 
         Raises Disconnected.
         """
-        head = _PREFIX.pack(MAGIC, len(header), len(payload)) + header + _ZEROS[len(header) % _ALIGN]
+        head = frame_head(header, payload)
         if self._unsent:
             self._unsent += (memoryview(head), payload)
             return
         sent = self._try_send(head, payload)
         if sent < len(head) + len(payload):
             self._unsent += (memoryview(head)[sent:], payload[max(0, sent - len(head)) :])
+
+    def queue(self, rest: memoryview) -> None:
+        """The rest of a frame whose beginning was sent over the socket itself. Not to be changed while `is_sending`."""
+        self._unsent.append(rest)
 
     def flush(self) -> None:
         """Sends more of what is queued. Raises Disconnected."""
@@ -99,13 +108,25 @@ class Connection:
         if not read:
             raise Disconnected("the other end closed the connection")
         self._end += read
+        return self._frames()
+
+    def feed(self, received: memoryview) -> list[Frame]:
+        """As `receive`, of bytes that were read from the socket itself."""
+        while received:
+            self._make_room()
+            room = self._buffer[self._end : self._end + len(received)]
+            room[:] = received[: len(room)]
+            self._end, received = self._end + len(room), received[len(room) :]
+        return self._frames()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _frames(self) -> list[Frame]:
         frames = []
         while (frame := self._next()) is not None:
             frames.append(frame)
         return frames
-
-    def close(self) -> None:
-        self._stream.close()
 
     def _try_send(self, *parts: bytes | memoryview) -> int:
         try:
@@ -148,6 +169,11 @@ class Connection:
             self._buffer = _aligned(max(needed, 2 * len(self._buffer)))
         self._buffer[:held] = rest
         self._start, self._end = 0, held
+
+
+def frame_head(header: bytes, payload: memoryview) -> bytes:
+    """What a frame has before its payload."""
+    return _PREFIX.pack(MAGIC, len(header), len(payload)) + header + _ZEROS[len(header) % _ALIGN]
 
 
 class _Lengths(NamedTuple):

@@ -4,24 +4,29 @@ The thread that computes steps sends and receives; a second one follows the dire
 connections, so that a step never waits for either. When an answer does not come in time, the same
 rows go to another copy within the step, and whichever answer is first counts. A call has no effect
 on a server but its answer, so asking twice is safe, and every copy computes the same bits.
+
+While all servers answer, fast_path.py does most of this; what it finds unusual, `_take_over` brings here.
 """
 
-import itertools
 import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from cluster.experts import fast_path
+from cluster.experts.fast_path import Exchange, Lines, Part
 from cluster.experts.latency import LatencyCounts
-from cluster.experts.messages import Call, Refusal, Reply, decode_answer, encode
+from cluster.experts.messages import Call, Refusal, Reply, decode_answer
 from cluster.experts.peers import Peer, Peers
 from cluster.experts.routes import Segment
 from cluster.experts.rows import Rows
 from cluster.experts.table import DirectoryClient, RoutingTable
-from cluster.streams import Disconnected, Frame
+from cluster.streams import Disconnected, Frame, memory
 from model.kernels import cpu
+from model.moe import PendingExperts
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +70,8 @@ class ExpertClient:
         self._deadline, self._give_up = deadline, give_up
         self._peers = Peers(directory, host)
         self._calls: dict[int, _Call] = {}
-        self._ids = itertools.count(1)
+        self._next_id = 1
+        self._exchange = Exchange() if fast_path.available() else None
         self._seconds_per_row = 0.0
         self.counts = ClientCounts()
 
@@ -97,14 +103,20 @@ class ExpertClient:
         """The one in use."""
         return self._peers.table
 
-    def submit(self, layer: int, x_kD: Tensor, experts_k: Tensor) -> "PendingRows":
+    def submit(self, layer: int, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
         self._peers.adopt()
         table = self._peers.table
         if table is None or layer not in table.layers:
             raise ExpertsNotReady(f"no expert server has told of layer {layer} yet")
         if self._peers.are_crowding:
             cpu.park(True)
-        order, segments = self._peers.balance(layer).deal(experts_k.numpy())
+        balance, lines, exchange = self._peers.balance(layer), self._peers.lines(), self._exchange
+        if exchange and lines and balance.is_whole and exchange.takes(x_kD, experts_k):
+            peers, to_them = lines
+            self._next_id = exchange.begin(to_them, balance, layer, x_kD, experts_k, self._next_id)
+            self._exchange = None
+            return _Exchanged(self, exchange, peers)
+        order, segments = balance.deal(experts_k.numpy())
         pending = PendingRows(self, layer, Rows(x_kD, order))
         for segment in segments:
             self._send(pending, segment, frozenset())
@@ -116,17 +128,21 @@ class ExpertClient:
             pending.stranded.append(segment)
             return
         peer = self._peers.at(segment.server)
-        header = Call(next(self._ids), pending.layer, pending.rows.dtype, segment.experts, segment.counts)
-        now = time.monotonic()
-        due = now + self._deadline + 4 * segment.num_rows * self._seconds_per_row
-        call = _Call(header.id, pending, peer, segment, now, due, tried)
+        call = self._call(self._next_id, pending, peer, segment, time.monotonic(), tried)
+        self._next_id += 1
         try:
-            self._peers.send(peer, encode(header), pending.rows.part(segment))
+            self._peers.send(peer, call.header(), pending.rows.part(segment))
         except Disconnected as error:
             self._lose(peer, str(error))
             self._reroute(call)
             return
         self._calls[call.id] = pending.calls[call.id] = call
+
+    def _call(
+        self, id: int, pending: "PendingRows", peer: Peer, segment: Segment, sent: float, tried: frozenset[str]
+    ) -> "_Call":
+        due = sent + self._deadline + 4 * segment.num_rows * self._seconds_per_row
+        return _Call(id, pending, peer, segment, sent, due, tried)
 
     def _reroute(self, call: "_Call") -> None:
         """Sends the rows of `call` to other copies, as far as there are any that were not asked."""
@@ -150,6 +166,46 @@ class ExpertClient:
         best = [place for place, peer in connected if peer.is_usable] or [place for place, _ in connected]
         return best[expert % len(best)] if best else -1
 
+    def collect(self, exchange: Exchange, peers: list[Peer]) -> Tensor:
+        """[k, D], in the order of submission; peers: by place. Raises ExpertsUnavailable."""
+        is_done = exchange.collect(self._deadline, 4 * self._seconds_per_row)
+        pending = None if is_done else self._take_over(exchange, peers)
+        self._exchange = exchange
+        if pending is not None:
+            return pending.wait()
+        cpu.park(False)
+        for part in exchange.parts():
+            self._count(peers[part.server], part.answered - part.begun, part.seconds, part.stop - part.start)
+        self._discard_unnamed()
+        return exchange.out_kD
+
+    def _take_over(self, exchange: Exchange, peers: list[Peer]) -> "PendingRows":
+        """What is not as usual is none of the fast path's business."""
+        order = exchange.order()
+        pending = PendingRows(self, exchange.layer, Rows(exchange.x_kD, order))
+        parts = [(part, exchange.segment(part)) for part in exchange.parts()]
+        for part, segment in parts:
+            if part.answered >= 0:
+                pending.rows.fill(segment, memory(exchange.out_kD[torch.from_numpy(order[part.start : part.stop])]))
+            else:
+                call = self._call(part.id, pending, peers[part.server], segment, part.begun, frozenset())
+                self._calls[call.id] = pending.calls[call.id] = call
+        for part, _ in parts:
+            if (under_way := pending.calls.get(part.id)) is not None:
+                self._resume(under_way, part, exchange.lines)
+        return pending
+
+    def _resume(self, call: "_Call", part: Part, lines: Lines) -> None:
+        try:
+            if part.is_lost:
+                raise Disconnected("the other end closed the connection")
+            if part.sent < part.bytes:
+                self._peers.send(call.peer, call.header(), call.pending.rows.part(call.segment), part.sent)
+            for frame in lines.received(part):
+                self._take(call.peer, frame)
+        except Disconnected as error:
+            self._lose(call.peer, str(error))
+
     def wait(self, pending: "PendingRows") -> None:
         """Until every row of `pending` is there. Raises ExpertsUnavailable."""
         try:
@@ -159,7 +215,10 @@ class ExpertClient:
             for id in pending.calls:
                 del self._calls[id]
             pending.calls.clear()
-            self._peers.discard_unnamed(call.peer for call in self._calls.values())
+            self._discard_unnamed()
+
+    def _discard_unnamed(self) -> None:
+        self._peers.discard_unnamed(call.peer for call in self._calls.values())
 
     def _wait(self, pending: "PendingRows") -> None:
         begun = time.monotonic()
@@ -233,8 +292,12 @@ class ExpertClient:
             self._reroute(call)
             return
         rows.fill(call.segment, frame.payload)
-        self.counts.latency.setdefault(peer.id, LatencyCounts()).observe(time.monotonic() - call.sent)
-        self._seconds_per_row += 0.01 * (answer.seconds / call.segment.num_rows - self._seconds_per_row)
+        self._count(peer, time.monotonic() - call.sent, answer.seconds, call.segment.num_rows)
+
+    def _count(self, peer: Peer, latency: float, seconds: float, num_rows: int) -> None:
+        """An answer: how long it took, and the server for it."""
+        self.counts.latency.setdefault(peer.id, LatencyCounts()).observe(latency)
+        self._seconds_per_row += 0.01 * (seconds / num_rows - self._seconds_per_row)
 
     def _lose(self, peer: Peer, why: str) -> None:
         self._peers.lose(peer, why)
@@ -254,9 +317,20 @@ class RemoteExperts:
     def __init__(self, client: ExpertClient, layer: int) -> None:
         self._client, self._layer = client, layer
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> "PendingRows":
+    def submit(self, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
         """x_kD: bfloat16 or float32 [k, D] on the CPU; experts_k: int64 [k]."""
         return self._client.submit(self._layer, x_kD, experts_k)
+
+
+class _Exchanged:
+    """Rows of one layer on the fast path."""
+
+    def __init__(self, client: ExpertClient, exchange: Exchange, peers: list[Peer]) -> None:
+        self._client, self._exchange, self._peers = client, exchange, peers
+
+    def wait(self) -> Tensor:
+        """[k, D], in the order of submission. Raises ExpertsUnavailable."""
+        return self._client.collect(self._exchange, self._peers)
 
 
 class PendingRows:
@@ -285,3 +359,7 @@ class _Call:
     sent: float
     due: float
     tried: frozenset[str]
+
+    def header(self) -> bytes:
+        rows = self.pending.rows
+        return Call(self.id, self.pending.layer, rows.dtype, self.segment.experts, self.segment.counts).encode()

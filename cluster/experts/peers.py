@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.experts.fast_path import Lines
 from cluster.experts.following import Following
 from cluster.experts.routes import Balance
 from cluster.experts.table import DirectoryClient, RoutingTable
-from cluster.streams import Connection, Disconnected, Frame
+from cluster.streams import Connection, Disconnected, Frame, frame_head
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Peers:
         self._balances: dict[int, Balance] = {}
         self._current: set[int] = set()
         """Layers whose balance is of this table, and of the servers that answer now."""
+        self._lines: tuple[list[Peer], Lines] | None = None
+        """To the same, when that is all of the table."""
 
     def start(self) -> None:
         self._following.start()
@@ -83,12 +86,26 @@ class Peers:
             self._current.add(layer)
         return self._balances[layer]
 
-    def send(self, peer: Peer, header: bytes, payload: memoryview) -> None:
-        """payload: not to be changed before it is answered. Raises Disconnected."""
+    def lines(self) -> tuple[list[Peer], Lines] | None:
+        """To every server of the table, by place, if all of them answer and nothing is under way there."""
+        if self._lines is None and self.table is not None and all(self._usable()):
+            peers = [self._by_id[server.id] for server in self.table.servers]
+            self._lines = peers, Lines([peer.connection for peer in peers if peer.connection is not None])
+        return self._lines if self._lines is not None and self._lines[1].are_idle else None
+
+    def send(self, peer: Peer, header: bytes, payload: memoryview, sent: int = 0) -> None:
+        """payload: not to be changed before it is answered. sent: so much of the frame went over a line.
+
+        Raises Disconnected.
+        """
         connection = peer.connection
         if connection is None:
             raise Disconnected("there is no connection")
-        connection.send(header, payload)
+        if sent:
+            frame = frame_head(header, payload) + payload
+            connection.queue(memoryview(frame)[sent:])
+        else:
+            connection.send(header, payload)
         if connection.is_sending:
             self._epoll.modify(connection.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
@@ -120,7 +137,7 @@ class Peers:
         update = self._following.take()
         if update is None:
             return
-        self._current.clear()
+        self._outdated()
         if update.table is not None:
             self._adopt_table(update.table)
         for name, connection in update.connections:
@@ -131,14 +148,14 @@ class Peers:
         if peer.is_suspect:
             logger.info("expert server %s answers again", peer.id)
             peer.is_suspect = False
-            self._current.clear()
+            self._outdated()
 
     def suspect(self, peer: Peer, seconds: float) -> None:
         """It has not answered for so long."""
         if not peer.is_suspect:
             logger.warning("expert server %s did not answer for %.0f ms: others are asked", peer.id, 1000 * seconds)
             peer.is_suspect = True
-            self._current.clear()
+            self._outdated()
 
     def lose(self, peer: Peer, why: str) -> None:
         """The connection is of no more use; `Following` opens another when it can."""
@@ -147,7 +164,7 @@ class Peers:
         logger.warning("expert server %s is lost (%s): others are asked", peer.id, why)
         self._disconnect(peer)
         peer.is_suspect = False
-        self._current.clear()
+        self._outdated()
         self._following.reconnect(peer.id)
 
     def discard_unnamed(self, asked: Iterable[Peer]) -> None:
@@ -172,6 +189,10 @@ class Peers:
         unserved = sum(not any(usable[copy.server] for copy in copies) for experts in layers for copies in experts)
         silent = [server.id for server, is_usable in zip(self.table.servers, usable, strict=True) if not is_usable]
         return f"{unserved} experts are only on servers that do not answer: {', '.join(silent)}" if unserved else ""
+
+    def _outdated(self) -> None:
+        self._current.clear()
+        self._lines = None
 
     def _usable(self) -> list[bool]:
         """By place in the table."""

@@ -7,7 +7,7 @@ too, is what the shares are for. Few rows of an expert stay together: its weight
 of decoding costs. Many, as of a long prompt, are divided, since one server should not work while others wait.
 """
 
-import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,7 +19,7 @@ from cluster.experts.table import Copy
 
 ROWS_TOGETHER = 64
 """Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
-_KEEP = 0.98
+KEEP = 0.98
 """Of what copies were given, so much still counts the next time: it is forgotten over some fifty steps."""
 
 
@@ -56,25 +56,25 @@ class Balance:
     def __init__(
         self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool], before: "Balance | None" = None
     ) -> None:
-        self._copies = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
-        self._num_servers = len(usable)
-        owed = [{}] * len(copies) if before is None else before.owed()
-        self._owed = [[of.get(copy.server, 0.0) for copy in held] for of, held in zip(owed, self._copies, strict=True)]
+        held = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
+        self.num_experts, self.num_servers = len(copies), len(usable)
+        self.is_whole = all(held)
+        """Whether every expert has a server."""
+        self.first = array("q", [0, *accumulate(len(of) for of in held)])
+        """Copies of expert e are those from first[e] to first[e + 1]; int64, as the next, and float64."""
+        self.server = array("q", [copy.server for of in held for copy in of])
+        self.share = array("d", [copy.share for of in held for copy in of])
+        owed = {} if before is None else before._owed_by_expert_and_server()
+        by_copy = [owed.get((expert, copy.server), 0.0) for expert, of in enumerate(held) for copy in of]
+        self.owed = array("d", by_copy)
         """Rows by which each copy is behind its share."""
-
-    def owed(self) -> list[dict[int, float]]:
-        """Rows by which servers are behind their shares of each expert."""
-        return [
-            {copy.server: rows for copy, rows in zip(held, of, strict=True)}
-            for held, of in zip(self._copies, self._owed, strict=True)
-        ]
 
     def deal(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
         """experts: int64 [k], of each row -> the order that sorts rows by server and expert, and each server's part.
 
         Rows whose expert has no server are in a segment of server -1.
         """
-        counts = np.bincount(experts, minlength=len(self._copies)).tolist()
+        counts = np.bincount(experts, minlength=self.num_experts).tolist()
         by_expert, next_row = experts.argsort(kind="stable"), [0, *accumulate(counts)]
         pieces: list[NDArray[np.int64]] = []
         segments: list[Segment] = []
@@ -90,29 +90,27 @@ class Balance:
 
     def _choose(self, counts: list[int]) -> list[tuple[int, int, int]]:
         """(server, expert, rows) for every part of an expert's rows. Experts with most rows come first."""
-        taken = [0] * (self._num_servers + 1)  # the last is of server -1
+        taken = [0] * (self.num_servers + 1)  # the last is of server -1
         chosen = []
         for count, expert in sorted([(count, expert) for expert, count in enumerate(counts) if count], reverse=True):
-            copies, owed = self._copies[expert], self._owed[expert]
-            for i, copy in enumerate(copies):
-                owed[i] = _KEEP * owed[i] + copy.share * count
+            copies = range(self.first[expert], self.first[expert + 1])
+            for copy in copies:
+                self.owed[copy] = KEEP * self.owed[copy] + self.share[copy] * count
             parts = max(1, min(len(copies), count // ROWS_TOGETHER))
             for part in range(parts):
                 size = count * (part + 1) // parts - count * part // parts
-                best, server = self._furthest_behind(copies, owed, taken)
-                if server >= 0:
-                    owed[best] -= size
+                server = -1
+                if copies:
+                    best = max(copies, key=lambda copy: self.owed[copy] - taken[self.server[copy]])
+                    self.owed[best] -= size
+                    server = self.server[best]
                 taken[server] += size
                 chosen.append((server, expert, size))
         return chosen
 
-    def _furthest_behind(self, copies: list[Copy], owed: list[float], taken: list[int]) -> tuple[int, int]:
-        """The copy that should get rows now, and its server; server -1 when there is no copy."""
-        best, server, most = -1, -1, -math.inf
-        for i, copy in enumerate(copies):
-            if (behind := owed[i] - taken[copy.server]) > most:
-                best, server, most = i, copy.server, behind
-        return best, server
+    def _owed_by_expert_and_server(self) -> dict[tuple[int, int], float]:
+        of = [(expert, copy) for expert in range(self.num_experts) for copy in range(*self.first[expert : expert + 2])]
+        return {(expert, self.server[copy]): self.owed[copy] for expert, copy in of}
 
 
 def _normalized(copies: list[Copy]) -> list[Copy]:

@@ -1,8 +1,10 @@
 """The experts that one server holds, ready to compute."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,9 +26,16 @@ class HeldExperts:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.dim, self.dtype = checkpoint.args.dim, dtype
+        args = checkpoint.args
+        self.dim, self.hidden_dim, self.dtype = args.dim, args.expert_hidden_dim, dtype
         self._checkpoint = checkpoint
-        packed = can_pack_experts(checkpoint.args, dtype)
+        shape = args.n_layers, args.moe_args.num_experts if args.moe_args else 0
+        self.rows = np.zeros(shape, np.int64)
+        """[layers, experts], those computed so far."""
+        self.addresses = np.zeros(shape, np.uintp), np.zeros(shape, np.uintp)
+        """Of packed weights (gate and up, down), [layers, experts], 0: not held. Read and used with `lock` held."""
+        self.lock = threading.Lock()
+        self.are_packed = packed = can_pack_experts(args, dtype)
         self._prepare: Callable[[ExpertWeights], Any] = _pack if packed else _keep
         self._compute: Callable[[list[Any], Sequence[int], Tensor], Tensor] = (
             _compute_packed if packed else _compute_plain
@@ -43,9 +52,13 @@ class HeldExperts:
 
     def load(self, unit: Unit) -> None:
         """Raises CheckpointError."""
-        self._experts[unit] = self._prepare(self._checkpoint.read_expert(*unit, dtype=self.dtype))
+        self._experts[unit] = weights = self._prepare(self._checkpoint.read_expert(*unit, dtype=self.dtype))
+        if self.are_packed:
+            self.addresses[0][unit], self.addresses[1][unit] = weights.w13.address, weights.w2.address
 
     def drop(self, unit: Unit) -> None:
+        with self.lock:
+            self.addresses[0][unit] = self.addresses[1][unit] = 0
         self._experts.pop(unit, None)
 
     def compute(self, layer: int, experts: Sequence[int], counts: Sequence[int], x: Tensor) -> Tensor:
@@ -56,7 +69,9 @@ class HeldExperts:
             if weights is None:
                 raise NotHeld(f"expert {expert} of layer {layer}")
             held.append(weights)
-        return self._compute(held, counts, x) if held else x
+        out = self._compute(held, counts, x) if held else x
+        np.add.at(self.rows[layer], experts, counts)
+        return out
 
 
 def _pack(weights: ExpertWeights) -> PackedSwiGLU:

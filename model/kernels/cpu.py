@@ -79,6 +79,7 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self._panels = -(-self.out_features // LANES)
         self._weight = _pack(weight)
+        self.address = self._weight.data_ptr()
 
     def __call__(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """x: bfloat16 [rows, in_features], rows contiguous -> [rows, out_features] in `dtype` (or float32)."""
@@ -86,7 +87,7 @@ class PackedLinear:
         out = torch.empty(rows, width, dtype=dtype)
         epilogue = _FLOAT if dtype is torch.float32 else _BF16
         _library().moray_matmul(
-            x.data_ptr(), x.stride(0), self._weight.data_ptr(), out.data_ptr(), width, rows, self._panels,
+            x.data_ptr(), x.stride(0), self.address, out.data_ptr(), width, rows, self._panels,
             self.in_features, epilogue,
         )  # fmt: skip
         return out if width == self.out_features else out[:, : self.out_features]
@@ -99,13 +100,14 @@ class PackedSwiGLU:
         self.hidden, self.in_features = gate.shape
         panels = torch.stack([gate.view(-1, LANES, self.in_features), up.view(-1, LANES, self.in_features)], dim=1)
         self._weight = _pack(panels.reshape(-1, self.in_features))
+        self.address = self._weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: bfloat16 [rows, in_features] -> bfloat16 [rows, hidden]."""
         rows = x.shape[0]
         out = torch.empty(rows, self.hidden, dtype=torch.bfloat16)
         _library().moray_matmul(
-            x.data_ptr(), x.stride(0), self._weight.data_ptr(), out.data_ptr(), self.hidden, rows,
+            x.data_ptr(), x.stride(0), self.address, out.data_ptr(), self.hidden, rows,
             2 * self.hidden // LANES, self.in_features, _SWIGLU,
         )  # fmt: skip
         return out
@@ -123,13 +125,18 @@ def swiglus(
         return out
     hidden = torch.empty(x.shape[0], gates[0].hidden, dtype=torch.bfloat16)
     pointers = ctypes.c_void_p * len(counts)
-    w13 = pointers(*(gate._weight.data_ptr() for gate in gates))
-    w2 = pointers(*(down._weight.data_ptr() for down in downs))
+    w13 = pointers(*(gate.address for gate in gates))
+    w2 = pointers(*(down.address for down in downs))
     _library().moray_swiglus(
         x.data_ptr(), w13, w2, (ctypes.c_int64 * len(counts))(*counts), len(counts), hidden.data_ptr(),
         out.data_ptr(), x.shape[1], gates[0].hidden,
     )  # fmt: skip
     return out
+
+
+def swiglus_address() -> int:
+    """Of the C function behind `swiglus`, for callers in C."""
+    return ctypes.cast(_library().moray_swiglus, ctypes.c_void_p).value or 0
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -184,6 +184,8 @@ def run_server(socket: str, model: str, dtype: str, name: str, slow_file: str, l
 
 def slow_down(experts: HeldExperts, slow_file: str, load_seconds: float) -> None:
     compute, load = experts.compute, experts.load
+    if slow_file:
+        experts.are_packed = False  # else the server does not call `compute`
 
     def compute_slowly(*arguments: object) -> torch.Tensor:
         if slow_file and Path(slow_file).exists():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.experts.messages import Call, Refusal, decode_answer, decode_call, encode
+from cluster.experts.messages import Call, Refusal, decode_answer, decode_call
 from cluster.streams import Disconnected
 
 
@@ -11,7 +11,7 @@ from cluster.streams import Disconnected
     [(decode_call, Call(1, 2, "bfloat16", [3], [4])), (decode_answer, Refusal(1, "not_held", "expert 3"))],
 )
 def test_what_is_no_message_ends_the_connection(decode, message):
-    header = encode(message)
+    header = message.encode()
     assert decode(header) == message
     for spoilt in (b"junk", header[:-1], *(header[:at] + b"\xff" + header[at + 1 :] for at in range(len(header)))):
         try:
@@ -21,6 +21,6 @@ def test_what_is_no_message_ends_the_connection(decode, message):
 
 
 def test_invalid_utf8_too():
-    spoilt = encode(Refusal(1, "failed", "text")).replace(b"text", b"\xff\xfe\xfd\xfc")
+    spoilt = Refusal(1, "failed", "text").encode().replace(b"text", b"\xff\xfe\xfd\xfc")
     with pytest.raises(Disconnected, match="no answer"):
         decode_answer(spoilt)

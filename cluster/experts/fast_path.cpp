@@ -1,0 +1,308 @@
+// What client.py and server.py do with nearly every layer of every step, in one call each: no server is silent, a
+// message is small and travels whole. Python takes hundreds of microseconds for the same, since the weights that pass
+// between two layers leave nothing of it in the caches.
+//
+// All that is unusual is left to Python, which is the definition: what arrived and is no whole answer, what the socket
+// did not take, a deadline that has passed. Nothing here decides about a failure.
+//
+// Plain C interface; fast_path.py owns all memory. Frames are those of streams.py, headers those of messages.py.
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+constexpr uint32_t kMagic = 0x3159524d;  // "MRY1"
+constexpr uint32_t kCall = 1, kReply = 2;
+constexpr int64_t kAlign = 16;
+constexpr double kNever = -1.0;
+
+struct Prefix {
+  uint32_t magic, header_bytes;
+  uint64_t payload_bytes;
+};
+
+struct CallHeader {  // followed by `pieces` times (expert, count)
+  uint32_t kind, dtype;
+  int64_t id;
+  uint32_t layer, pieces;
+};
+
+struct ReplyHeader {
+  uint32_t kind, unused;
+  int64_t id;
+  double seconds;
+};
+
+int64_t padding(int64_t bytes) { return -bytes & (kAlign - 1); }
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// Sends what the socket takes at once: bytes, or -1.
+int64_t send_now(int fd, iovec* parts, size_t count) {
+  msghdr message{};
+  message.msg_iov = parts;
+  message.msg_iovlen = count;
+  const ssize_t sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+  return sent < 0 && (errno == EAGAIN || errno == EINTR) ? 0 : sent;
+}
+
+// Appends to the `received` bytes of `buffer` what is there until they are one frame, or nothing more is there.
+// Returns whether they are one, and no more than that. -1 in `received`: the connection is of no more use.
+bool receive_frame(int fd, char* buffer, int64_t capacity, int64_t& received) {
+  while (true) {
+    if (received >= int64_t(sizeof(Prefix))) {
+      Prefix prefix;
+      std::memcpy(&prefix, buffer, sizeof prefix);
+      if (prefix.magic != kMagic || prefix.header_bytes > uint64_t(capacity) || prefix.payload_bytes > uint64_t(capacity))
+        return false;
+      const int64_t bytes = sizeof(Prefix) + prefix.header_bytes + padding(prefix.header_bytes) + prefix.payload_bytes;
+      if (received >= bytes) return received == bytes;
+    }
+    if (received == capacity) return false;
+    const ssize_t read = recv(fd, buffer + received, capacity - received, MSG_DONTWAIT);
+    if (read > 0) received += read;
+    else if (read < 0 && (errno == EAGAIN || errno == EINTR)) return false;
+    else return received = -1, false;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Copies of the experts of one layer: those of expert e are first[e] to first[e + 1].
+struct Copies {
+  int64_t experts, servers, rows_together;
+  double keep;
+  const int64_t* first;
+  const int64_t* server;
+  const double* share;
+  double* owed;
+};
+
+struct Piece {
+  int64_t server, expert, count;
+};
+
+// Rows order[start] to order[stop], which are with one server.
+struct Part {
+  int64_t id, server, start, stop, first_piece, pieces;
+  int64_t bytes, sent;      // of the frame; sent -1: the connection is of no more use
+  int64_t received;         // bytes in the server's buffer; -1: the connection is of no more use
+  double begun, answered, seconds;  // answered: when its answer came, or -1; seconds: what the server took
+};
+
+struct Exchange {
+  int64_t* order;
+  Piece* pieces;
+  Part* parts;
+  int64_t num_parts;
+};
+
+// A server, by its place in the table: its socket, and room for an answer.
+struct Line {
+  int64_t fd, capacity;
+  char* buffer;
+};
+
+// routes.Balance.deal. experts: of each of k rows. The order sorts rows by server and expert.
+void moray_deal(const Copies* copies, const int64_t* experts, int64_t k, Exchange* exchange) {
+  std::vector<int64_t> counts(copies->experts, 0), next(copies->experts + 1, 0), taken(copies->servers, 0);
+  std::vector<int64_t> by_expert(k), busiest;
+  for (int64_t i = 0; i < k; ++i) ++counts[experts[i]];
+  for (int64_t e = 0; e < copies->experts; ++e) {
+    next[e + 1] = next[e] + counts[e];
+    if (counts[e]) busiest.push_back(e);
+  }
+  std::sort(busiest.begin(), busiest.end(), [&](int64_t a, int64_t b) { return std::tie(counts[a], a) > std::tie(counts[b], b); });
+  {
+    std::vector<int64_t> at(next);
+    for (int64_t i = 0; i < k; ++i) by_expert[at[experts[i]]++] = i;
+  }
+  int64_t num_pieces = 0;
+  for (const int64_t e : busiest) {
+    const int64_t first = copies->first[e], held = copies->first[e + 1] - first, count = counts[e];
+    for (int64_t c = first; c < first + held; ++c)
+      copies->owed[c] = copies->keep * copies->owed[c] + copies->share[c] * double(count);
+    const int64_t parts = std::max<int64_t>(1, std::min(held, count / copies->rows_together));
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t size = count * (part + 1) / parts - count * part / parts;
+      int64_t best = first;
+      const auto behind = [&](int64_t c) { return copies->owed[c] - double(taken[copies->server[c]]); };
+      for (int64_t c = first + 1; c < first + held; ++c)
+        if (behind(c) > behind(best)) best = c;
+      copies->owed[best] -= double(size);
+      taken[copies->server[best]] += size;
+      exchange->pieces[num_pieces++] = {copies->server[best], e, size};
+    }
+  }
+  std::sort(exchange->pieces, exchange->pieces + num_pieces, [](const Piece& a, const Piece& b) {
+    return std::tie(a.server, a.expert, a.count) < std::tie(b.server, b.expert, b.count);
+  });
+  exchange->num_parts = 0;
+  int64_t row = 0;
+  for (int64_t p = 0; p < num_pieces; ++p) {
+    const Piece& piece = exchange->pieces[p];
+    if (!exchange->num_parts || exchange->parts[exchange->num_parts - 1].server != piece.server)
+      exchange->parts[exchange->num_parts++] = {0, piece.server, row, row, p, 0, 0, 0, 0, 0.0, kNever, 0.0};
+    Part& part = exchange->parts[exchange->num_parts - 1];
+    std::copy_n(&by_expert[next[piece.expert]], piece.count, exchange->order + row);
+    next[piece.expert] += piece.count;
+    part.stop = row += piece.count;
+    ++part.pieces;
+  }
+}
+
+// Sends every part to its server; ids count up from `id`. x: rows in the order they came. Returns false when some part
+// did not go whole, which Part.sent tells.
+int moray_send(Exchange* exchange, const Line* lines, const char* x, int64_t row_bytes, uint32_t layer, uint32_t dtype,
+               int64_t id) {
+  static thread_local std::vector<char> head;
+  static thread_local std::vector<iovec> frame;
+  bool whole = true;
+  for (int64_t p = 0; p < exchange->num_parts; ++p) {
+    Part& part = exchange->parts[p];
+    const int64_t header = sizeof(CallHeader) + 8 * part.pieces, rows = part.stop - part.start;
+    head.assign(sizeof(Prefix) + header + padding(header), 0);
+    const Prefix prefix{kMagic, uint32_t(header), uint64_t(rows * row_bytes)};
+    const CallHeader call{kCall, dtype, id + p, layer, uint32_t(part.pieces)};
+    std::memcpy(&head[0], &prefix, sizeof prefix);
+    std::memcpy(&head[sizeof prefix], &call, sizeof call);
+    for (int64_t i = 0; i < part.pieces; ++i) {
+      const Piece& piece = exchange->pieces[part.first_piece + i];
+      const uint32_t pair[2] = {uint32_t(piece.expert), uint32_t(piece.count)};
+      std::memcpy(&head[sizeof prefix + sizeof call + 8 * i], pair, sizeof pair);
+    }
+    frame.assign(1, {head.data(), head.size()});
+    for (int64_t i = part.start; i < part.stop; ++i)
+      frame.push_back({const_cast<char*>(x) + exchange->order[i] * row_bytes, size_t(row_bytes)});
+    part.id = id + p;
+    part.bytes = int64_t(head.size()) + rows * row_bytes;
+    part.begun = now();
+    part.sent = send_now(int(lines[part.server].fd), frame.data(), frame.size());
+    whole = whole && part.sent == part.bytes;
+  }
+  return whole;
+}
+
+// Waits for all answers, each until `deadline` and `per_row` for each of its rows have passed, in seconds. Rows come
+// to `out` in the order of x. Returns false when Python should look: an answer is late, or it is no answer.
+int moray_collect(Exchange* exchange, const Line* lines, char* out, int64_t row_bytes, double deadline, double per_row) {
+  static thread_local std::vector<pollfd> waiting;
+  while (true) {
+    waiting.clear();
+    double due = 1e300;
+    for (int64_t p = 0; p < exchange->num_parts; ++p) {
+      const Part& part = exchange->parts[p];
+      if (part.answered != kNever) continue;
+      waiting.push_back({int(lines[part.server].fd), POLLIN, 0});
+      due = std::min(due, part.begun + deadline + per_row * double(part.stop - part.start));
+    }
+    if (waiting.empty()) return true;
+    const double left = due - now();
+    if (left <= 0.0) return false;
+    const timespec timeout{time_t(left), long(1e9 * (left - double(time_t(left))))};
+    if (ppoll(waiting.data(), waiting.size(), &timeout, nullptr) <= 0) continue;
+    size_t w = 0;
+    for (int64_t p = 0; p < exchange->num_parts; ++p) {
+      Part& part = exchange->parts[p];
+      if (part.answered != kNever || !waiting[w++].revents) continue;
+      const Line& line = lines[part.server];
+      const bool is_frame = receive_frame(int(line.fd), line.buffer, line.capacity, part.received);
+      const int64_t rows = part.stop - part.start;
+      const int64_t bytes = sizeof(Prefix) + sizeof(ReplyHeader) + padding(sizeof(ReplyHeader)) + rows * row_bytes;
+      if (!is_frame && part.received >= 0 && part.received < bytes) continue;  // the rest is under way
+      ReplyHeader reply{};
+      if (is_frame && part.received == bytes) std::memcpy(&reply, line.buffer + sizeof(Prefix), sizeof reply);
+      if (reply.kind != kReply || reply.id != part.id) return false;
+      const char* row = line.buffer + bytes - rows * row_bytes;
+      for (int64_t i = part.start; i < part.stop; ++i, row += row_bytes)
+        std::memcpy(out + exchange->order[i] * row_bytes, row, row_bytes);
+      part.received = 0;
+      part.seconds = reply.seconds;
+      part.answered = now();
+    }
+  }
+}
+
+using Swiglus = void (*)(const void* x, const void* const* w13, const void* const* w2, const int64_t* counts, int64_t n,
+                         void* hidden_rows, void* y, int64_t dim, int64_t hidden);
+
+// Packed experts of one server: w13 and w2 [layers, experts], null where it does not hold one; rows [layers, experts]
+// counts what was computed. Answers are made in `reply`, from calls in `buffer`; both have `capacity` bytes.
+struct Held {
+  int64_t layers, experts, dim, hidden, dtype, capacity;
+  const void* const* w13;
+  const void* const* w2;
+  int64_t* rows;
+  char* buffer;
+  char* reply;
+  void* hidden_rows;
+  Swiglus swiglus;
+};
+
+struct Answer {
+  int64_t received;     // bytes in the buffer that are not answered
+  int64_t bytes, sent;  // of the reply, 0 when there is none; sent -1: the connection is of no more use
+  double seconds;
+};
+
+// Answers the call that has arrived, if it is one and whole and this server holds its experts.
+void moray_answer(int fd, const Held* held, Answer* answer) {
+  static thread_local std::vector<const void*> w13, w2;
+  static thread_local std::vector<int64_t> counts, units;
+  *answer = {0, 0, 0, 0.0};
+  const bool is_frame = receive_frame(fd, held->buffer, held->capacity, answer->received);
+  answer->received = std::max<int64_t>(answer->received, 0);
+  if (!is_frame) return;
+  Prefix prefix;
+  CallHeader call{};
+  std::memcpy(&prefix, held->buffer, sizeof prefix);
+  if (prefix.header_bytes >= sizeof call) std::memcpy(&call, held->buffer + sizeof prefix, sizeof call);
+  if (call.kind != kCall || call.dtype != held->dtype || call.layer >= held->layers || !call.pieces ||
+      prefix.header_bytes != sizeof call + 8 * uint64_t(call.pieces))
+    return;
+  w13.clear(), w2.clear(), counts.clear(), units.clear();
+  int64_t rows = 0;
+  for (uint32_t i = 0; i < call.pieces; ++i) {
+    uint32_t pair[2];
+    std::memcpy(pair, held->buffer + sizeof prefix + sizeof call + 8 * i, sizeof pair);
+    const int64_t unit = call.layer * held->experts + pair[0];
+    if (pair[0] >= held->experts || !held->w13[unit] || !pair[1]) return;
+    w13.push_back(held->w13[unit]), w2.push_back(held->w2[unit]), counts.push_back(pair[1]), units.push_back(unit);
+    rows += pair[1];
+  }
+  const int64_t payload = sizeof prefix + prefix.header_bytes + padding(prefix.header_bytes);
+  const int64_t head = sizeof prefix + sizeof(ReplyHeader) + padding(sizeof(ReplyHeader));
+  if (rows * held->dim * 2 != int64_t(prefix.payload_bytes) || head + int64_t(prefix.payload_bytes) > held->capacity) return;
+  const double begun = now();
+  held->swiglus(held->buffer + payload, w13.data(), w2.data(), counts.data(), call.pieces, held->hidden_rows,
+                held->reply + head, held->dim, held->hidden);
+  for (size_t i = 0; i < units.size(); ++i) held->rows[units[i]] += counts[i];
+  answer->seconds = now() - begun;
+  const Prefix reply_prefix{kMagic, sizeof(ReplyHeader), prefix.payload_bytes};
+  const ReplyHeader reply{kReply, 0, call.id, answer->seconds};
+  std::memset(held->reply, 0, head);
+  std::memcpy(held->reply, &reply_prefix, sizeof reply_prefix);
+  std::memcpy(held->reply + sizeof reply_prefix, &reply, sizeof reply);
+  answer->received = 0;
+  answer->bytes = head + int64_t(prefix.payload_bytes);
+  iovec frame{held->reply, size_t(answer->bytes)};
+  answer->sent = send_now(fd, &frame, 1);
+}
+
+}  // extern "C"
