@@ -5,6 +5,8 @@ DEMO ?= configs/smollm2-hosts.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# What pip does after each package, on one CPU, here on all of them. Some packages have files for other Pythons.
+COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c \
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(name)")' 2>/dev/null)))
 
@@ -75,14 +77,16 @@ $(VENV)/bin/python:
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
 	@echo "==> Installing $$(grep -c == requirements.lock) packages (about 1 GB the first time)"
 	@$(PIP) install --progress-bar on $$(grep -E '^(setuptools|wheel)==' requirements.lock)
-	@$(PIP) install --no-deps --no-build-isolation --progress-bar on -r requirements.lock
+	@$(PIP) install --no-compile --no-deps --no-build-isolation --progress-bar on -r requirements.lock
+	@$(COMPILE)
 	@echo "==> Installing this package"
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@echo "==> Installing $$(grep -c == requirements-dev.lock) packages for tests and checks"
-	@$(PIP) install --no-deps --no-build-isolation --progress-bar on -r requirements-dev.lock
+	@$(PIP) install --no-compile --no-deps --no-build-isolation --progress-bar on -r requirements-dev.lock
+	@$(COMPILE)
 	@touch $@
 
 include benchmarks/bench.mk

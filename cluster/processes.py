@@ -8,6 +8,7 @@ process is ever touched.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 
 VARIABLE = "MORAY_RUN"
 """The environment variable; its value is the run's directory."""
+POLL_SECONDS = 0.02
 
 
 def of_run(directory: Path) -> list[psutil.Process]:
@@ -27,11 +29,32 @@ def end(directory: Path, grace_s: float = 1.0) -> None:
     processes = of_run(directory)
     for process in _each_alive(processes):
         process.terminate()
-    psutil.wait_procs(processes, timeout=grace_s)
+    wait(processes, grace_s)
     stubborn = of_run(directory)
     for process in _each_alive(stubborn):
         process.kill()
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    wait(stubborn, grace_s)
+
+
+def wait(processes: list[psutil.Process], seconds: float) -> bool:
+    """Whether all have ended, as soon as they have, or after `seconds`.
+
+    A zombie has ended. psutil alone would wait until its parent, or init, takes notice, which may be never.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        _, left = psutil.wait_procs(processes, timeout=0)  # takes notice of our own children
+        if not any(map(_is_alive, left)):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _is_of_run(process: psutil.Process, directory: Path) -> bool:

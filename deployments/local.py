@@ -71,9 +71,7 @@ def stop() -> int:
     begin = time.monotonic()
     if process := running.process():
         process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except psutil.TimeoutExpired:
+        if not processes.wait([process], STOP_SECONDS):
             process.kill()
     _clean_up(running)
     print(f"Stopped ({time.monotonic() - begin:.1f} s).")

@@ -1,11 +1,11 @@
-"""Real stacks for tests."""
+"""Real stacks for tests, and the reference that several compare with: each is started, or loaded, once."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.stack import Stack, serve_yaml
+from tests.stack import ROOT, Stack, serve_yaml
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,18 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
     yield start
     while running:
         running.pop()[1].stop()
+
+
+@pytest.fixture(scope="session")
+def transformers_smollm2() -> Any:
+    """The quickstart's model as transformers reads it from the same GGUF, in fp32. Half a minute on a busy machine."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    gguf = ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not gguf.is_file():
+        pytest.skip(f"{gguf} is not there: `make test` fetches it")
+    settings = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=settings
+    ).eval()

@@ -11,16 +11,18 @@ WARM_SECONDS, FULL_SECONDS = 6.0, 12.0
 NUM_PROMPTS = 48
 
 
-async def soak(target: Target, disturbances: Disturbances, calm_seconds: float) -> dict[str, Any]:
+async def soak(
+    target: Target, disturbances: Disturbances, calm_seconds: float, num_prompts: int = NUM_PROMPTS
+) -> dict[str, Any]:
     """The report. Every answer must be complete, and token for token what it was undisturbed.
 
     calm_seconds: at least so long undisturbed, and until every prompt has been answered once.
     """
-    prompts = prompts_of(target.model, NUM_PROMPTS)
+    prompts = prompts_of(target.model, num_prompts)
     await load(target.url, target.model, prompts, 16, 0, WARM_SECONDS)
     full = await load(target.url, target.model, prompts, 32, 0, FULL_SECONDS)
     rate = 0.7 * full.num_answers / full.seconds
-    all_of_them = 1.05 * NUM_PROMPTS / rate
+    all_of_them = 1.05 * num_prompts / rate
     calm = await load(target.url, target.model, prompts, 64, rate, max(calm_seconds, all_of_them))
     disturbing = asyncio.create_task(asyncio.to_thread(disturbances.run, target))
     rough = await load(target.url, target.model, prompts, 64, rate, disturbances.seconds)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 SECONDS = 120
+_CONTEXT = mp.get_context("forkserver")  # imports torch once, not once a rank
+_CONTEXT.set_forkserver_preload(["cluster.shard_group", "cluster.experts.client", "cluster.experts.membership"])
 
 
 def _rank(connection: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
@@ -25,11 +27,10 @@ class Ranks:
     """`function(rank, *arguments)` in a process for each of `ranks`."""
 
     def __init__(self, ranks: Sequence[int], function: Callable[..., Any], *arguments: Any) -> None:
-        context = mp.get_context("spawn")
         self.processes, self._pipes = [], []
         for rank in ranks:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(theirs, function, (rank, *arguments)), daemon=True)
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_rank, args=(theirs, function, (rank, *arguments)), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)

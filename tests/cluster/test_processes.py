@@ -1,11 +1,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 
-from cluster.processes import VARIABLE, end, of_run
+from cluster.processes import VARIABLE, end, of_run, wait
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -42,3 +43,18 @@ def test_the_stubborn_are_killed(tmp_path: Path) -> None:
     assert not psutil.pid_exists(process.pid)
     process.wait()
     process.stdout.close()
+
+
+def test_one_that_has_ended_is_not_waited_for_though_its_parent_takes_no_notice() -> None:
+    """Seen by a process that is not the parent, as `make stop` is not."""
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    begun = time.monotonic()
+    code = f"import psutil; from cluster.processes import wait; print(wait([psutil.Process({child.pid})], 30))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout == "True\n"
+    assert time.monotonic() - begun < 20
+    child.wait()
+    alive = subprocess.Popen([sys.executable, "-c", SLEEP])
+    assert not wait([psutil.Process(alive.pid)], 0.1)
+    alive.kill()
+    alive.wait()

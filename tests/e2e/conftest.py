@@ -40,10 +40,11 @@ def stack(request: pytest.FixtureRequest) -> str:
     return os.environ.get("MORAY_TEST_BASE_URL") or request.getfixturevalue("start_engine")()
 
 
-def metric(base_url: str, name: str) -> float:
-    """The sum of a metric's samples over all labels."""
+def metric(base_url: str, name: str, model: str | None = None) -> float:
+    """The sum of a metric's samples over all labels, or over those of one model."""
     families = text_string_to_metric_families(httpx.get(f"{base_url}/metrics").text)
-    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if model in (None, sample.labels["model_name"]))
 
 
 async def model_id(client: httpx.AsyncClient) -> str:

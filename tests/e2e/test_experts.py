@@ -38,9 +38,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.mark.timeout(280)
 async def test_a_death_and_a_freeze_cost_nothing(stack: Stack) -> None:
-    report = await soak(Target(stack.url, MODEL), Disturbances([KILL, STOP], 2), calm_seconds=15)
+    disturbances = Disturbances([KILL, STOP], number=2, every=15.0)
+    report = await soak(Target(stack.url, MODEL), disturbances, calm_seconds=10, num_prompts=16)
     print(report)
     assert report["requests"] > 10
+    assert report["compared"] > 8
     assert report["lost"] == report["changed"] == report["several_answers"] == 0
     assert report["failovers"] >= 1
     assert max(report["restored_s"]) < 15

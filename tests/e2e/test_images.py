@@ -72,18 +72,22 @@ def checkpoint(model: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ENGINES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "in-chunks": {"max_num_batched_tokens": 13},
+    "packed": {"dtype": "bfloat16"},
+}
+"""Engines that serve the checkpoint, and their settings."""
+
+
 @pytest.fixture(scope="module")
-def start(start_stack: Callable[[dict[str, Any]], str], checkpoint: Path) -> Callable[..., str]:
-    """Starts a stack whose engine has the given settings."""
-
-    def _start(dtype: str = "float32", **engine: object) -> str:
-        settings = {"dtype": dtype, "kv_cache_memory": "8MiB", "num_threads": 1, **engine}
-        return start_stack({"models": [{"id": "seeing", "path": str(checkpoint), "engine": settings}]})
-
-    return _start
+def url(start_stack: Callable[[dict[str, Any]], str], checkpoint: Path) -> str:
+    common = {"dtype": "float32", "kv_cache_memory": "8MiB", "num_threads": 1}
+    models = [{"id": name, "path": str(checkpoint), "engine": common | engine} for name, engine in ENGINES.items()]
+    return start_stack({"models": models})
 
 
-def ask(url: str, *contents: list[str | bytes] | str, **fields: object) -> dict[str, Any]:
+def ask(url: str, engine: str, *contents: list[str | bytes] | str, **fields: object) -> dict[str, Any]:
     """The answer to a conversation; bytes are images."""
 
     def part(content: str | bytes) -> dict[str, object]:
@@ -98,7 +102,7 @@ def ask(url: str, *contents: list[str | bytes] | str, **fields: object) -> dict[
         {"role": ("user", "assistant")[i % 2], "content": c if isinstance(c, str) else [part(each) for each in c]}
         for i, c in enumerate(contents)
     ]
-    body = {"model": "seeing", "messages": messages, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    body = {"model": engine, "messages": messages, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     response = httpx.post(f"{url}/v1/chat/completions", json=body | {"return_token_ids": True} | fields, timeout=60)
     assert response.status_code == 200, response.text
     return response.json()
@@ -117,9 +121,8 @@ def expected(model: LLM, prompt: list[int], images: list[bytes]) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("settings", [{"max_num_batched_tokens": 13}, {}], ids=["in chunks", "whole"])
-def test_answers_equal_those_of_forward(model, start, settings):
-    url = start(**settings)
+@pytest.mark.parametrize("engine", ["in-chunks", "whole"])
+def test_answers_equal_those_of_forward(model, url, engine):
     one = ["What is this? ", SMALL]
     outputs = []
     for contents, images in (
@@ -130,32 +133,28 @@ def test_answers_equal_those_of_forward(model, start, settings):
         ([one, "A gradient.", ["And ", WIDE]], [SMALL, WIDE]),
         (["No image"], []),
     ):
-        answer = ask(url, *contents)
+        answer = ask(url, engine, *contents)
         outputs.append(answer["choices"][0]["token_ids"])
         assert outputs[-1] == expected(model, answer["prompt_token_ids"], images)
     assert len(set(map(tuple, outputs))) == len(outputs)  # the images made a difference
-    assert metric(url, "moray:images_total") == 9
-    assert metric(url, "moray:image_encode_seconds_count") == 3
-    assert metric(url, "vllm:prefix_cache_hits_total") > 0
+    assert metric(url, "moray:images_total", engine) == 9
+    assert metric(url, "moray:image_encode_seconds_count", engine) == 3
+    assert metric(url, "vllm:prefix_cache_hits_total", engine) > 0
 
 
-def test_a_broken_image_over_http(start):
-    url = start()
+def test_a_broken_image_over_http(url):
     body = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    request = {"model": "seeing", "messages": [{"role": "user", "content": [body]}]}
+    request = {"model": "whole", "messages": [{"role": "user", "content": [body]}]}
     response = httpx.post(f"{url}/v1/chat/completions", json=request)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_image"
 
 
-def test_the_packed_model_sees_as_the_plain_one_does(start):
+def test_the_packed_model_sees_as_the_plain_one_does(url):
     """bfloat16: the answer's likelihoods, not its tokens, are what is nearly equal."""
     contents = [["Look at", WIDE, "this"]], [["Look at", TALL, "this"]]
     fields = {"logprobs": True, "top_logprobs": 5, "max_tokens": 1}
-    url = start()
-    plain = [ask(url, *each, **fields) for each in contents]
-    url = start("bfloat16")
-    packed = [ask(url, *each, **fields) for each in contents]
+    plain, packed = ([ask(url, engine, *each, **fields) for each in contents] for engine in ("whole", "packed"))
 
     def likelihoods(answer: dict[str, Any]) -> dict[str, float]:
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]

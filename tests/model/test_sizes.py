@@ -1,5 +1,6 @@
 """Counts of a rank against real models of that rank: fairscale's own layers, in a process group that is not there."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,21 +34,37 @@ SMALL = ModelArgs(
 )  # fmt: skip
 TIED = ModelArgs(dim=24, n_layers=5, n_heads=4, vocab_size=40, tie_word_embeddings=True)
 
-RANK = """
-import sys, torch, torch.distributed as dist
+RANKS = [(SMALL, 3, 4, 1), (SMALL, 3, 2, 2), (SMALL, 0, 1, 3), (TIED, 1, 2, 1), (TIED, 1, 1, 2)]
+"""A model, a rank's number, the size of tensor parallelism, and of stages."""
+
+COUNT = """
+import json, sys, torch.distributed as dist
+from fairscale.nn.model_parallel import destroy_model_parallel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from model import LLM, ModelArgs
 from model.parallel import initialize_model_parallel
-rank, tensor, stages = map(int, sys.argv[1:4])
-dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tensor * stages)
-initialize_model_parallel(tensor, stages)
-with FakeTensorMode():
-    model = LLM(ModelArgs.model_validate_json(sys.argv[4]), initialize=False)
-parameters = dict(model.named_parameters())
-print(sum(p.numel() for p in parameters.values()))
-print(sum(p.numel() for name, p in parameters.items() if ".feed_forward.experts." in name))
+for args, rank, tensor, stages in json.loads(sys.argv[1]):
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tensor * stages)
+    initialize_model_parallel(tensor, stages)
+    with FakeTensorMode():
+        model = LLM(ModelArgs.model_validate(args), initialize=False)
+    parameters = dict(model.named_parameters())
+    print(sum(p.numel() for p in parameters.values()), end=" ")
+    print(sum(p.numel() for name, p in parameters.items() if ".feed_forward.experts." in name))
+    destroy_model_parallel()
+    dist.destroy_process_group()
 """
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[tuple[int, ...]]:
+    """Of each of RANKS, built in a process of their own: all parameters, and those of routed experts."""
+    ranks = json.dumps([[args.model_dump(mode="json"), *numbers] for args, *numbers in RANKS])
+    command = [sys.executable, "-W", "ignore", "-c", COUNT, ranks]
+    root = Path(__file__).parents[2]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, timeout=60).stdout
+    return [tuple(map(int, line.split())) for line in out.splitlines()]
 
 
 @pytest.mark.parametrize("args", [SMALL, TIED], ids=["moe, vision", "tied"])
@@ -59,22 +76,11 @@ def test_a_whole_model_is_counted_as_it_is(args: ModelArgs) -> None:
     assert num_parameters(shapes) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def _of_rank(args: ModelArgs, rank: int, tensor: int, stages: int) -> tuple[int, int]:
-    numbers = map(str, (rank, tensor, stages))
-    command = [sys.executable, "-W", "ignore", "-c", RANK, *numbers, args.model_dump_json()]
-    root = Path(__file__).parents[2]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, timeout=60).stdout
-    everything, experts = map(int, out.split())
-    return everything, experts
-
-
-@pytest.mark.parametrize(
-    ("args", "rank", "tensor", "stages"),
-    [(SMALL, 3, 4, 1), (SMALL, 3, 2, 2), (SMALL, 0, 1, 3), (TIED, 1, 2, 1), (TIED, 1, 1, 2)],
-)
-def test_a_rank_is_counted_as_it_is_built(args: ModelArgs, rank: int, tensor: int, stages: int) -> None:
+@pytest.mark.parametrize("place", range(len(RANKS)))
+def test_a_rank_is_counted_as_it_is_built(counted: list[tuple[int, ...]], place: int) -> None:
     """Ranks of a stage are neighbours."""
-    everything, experts = _of_rank(args, rank, tensor, stages)
+    args, rank, tensor, stages = RANKS[place]
+    everything, experts = counted[place]
     shapes = parameter_shapes(args)
     share = Share(Stage(rank // tensor, stages), tensor, tensor_rank=rank % tensor)
     assert share_parameters(shapes, args, share) == everything

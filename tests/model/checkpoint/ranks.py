@@ -21,5 +21,6 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Tenso
 def on_ranks(folder: Path, world_size: int, function: Callable[..., Tensor], *arguments: object) -> list[Tensor]:
     """What `function(rank, world_size, *arguments)` returns on each rank; `folder` is for the processes' own use."""
     folder.mkdir()
-    mp.spawn(_rank, (world_size, str(folder), function, arguments), world_size)
+    arguments_of_rank = (world_size, str(folder), function, arguments)
+    mp.start_processes(_rank, arguments_of_rank, world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]

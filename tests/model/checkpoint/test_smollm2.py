@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from model import LLM
 from model.checkpoint import CheckpointError, open_checkpoint
@@ -10,8 +9,8 @@ from model.checkpoint.huggingface_names import meta_name
 from model.checkpoint.source import Interleaved, Mapped
 
 
-def test_every_tensor_is_the_one_that_transformers_reads(smollm2, load, reassemble):
-    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+def test_every_tensor_is_the_one_that_transformers_reads(smollm2, transformers_smollm2, load, reassemble):
+    model = transformers_smollm2
     checkpoint = open_checkpoint(smollm2)
     expected = {}
     for name, tensor in model.state_dict().items():

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import metric, model_id
 
-STREAMS, OUTPUT_TOKENS, KV_TOKENS = 64, 256, 4000
+STREAMS, OUTPUT_TOKENS, KV_TOKENS = 64, 128, 2000
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
