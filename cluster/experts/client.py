@@ -48,8 +48,8 @@ class ExpertsNotReady(Exception):
 class ClientCounts:
     """failovers: calls sent to another copy, by the server that did not answer. latency: of answered calls."""
 
+    latency: dict[str, LatencyCounts]
     failovers: Counter[tuple[str, int]] = field(default_factory=Counter)
-    latency: dict[str, LatencyCounts] = field(default_factory=dict)
     waits: int = 0
     """Times that a step found no copy of an expert to ask."""
 
@@ -73,7 +73,7 @@ class ExpertClient:
         self._next_id = 1
         self._exchange = Exchange() if fast_path.available() else None
         self._seconds_per_row = 0.0
-        self.counts = ClientCounts()
+        self.counts = ClientCounts(self._peers.latency)
 
     def start(self) -> None:
         self._peers.start()
@@ -168,14 +168,14 @@ class ExpertClient:
 
     def collect(self, exchange: Exchange, peers: list[Peer]) -> Tensor:
         """[k, D], in the order of submission; peers: by place. Raises ExpertsUnavailable."""
+        exchange.seconds_per_row = self._seconds_per_row
         is_done = exchange.collect(self._deadline, 4 * self._seconds_per_row)
+        self._seconds_per_row = exchange.seconds_per_row
         pending = None if is_done else self._take_over(exchange, peers)
         self._exchange = exchange
         if pending is not None:
             return pending.wait()
         cpu.park(False)
-        for part in exchange.parts():
-            self._count(peers[part.server], part.answered - part.begun, part.seconds, part.stop - part.start)
         self._discard_unnamed()
         return exchange.out_kD
 
@@ -296,7 +296,7 @@ class ExpertClient:
 
     def _count(self, peer: Peer, latency: float, seconds: float, num_rows: int) -> None:
         """An answer: how long it took, and the server for it."""
-        self.counts.latency.setdefault(peer.id, LatencyCounts()).observe(latency)
+        peer.latency.observe(latency)
         self._seconds_per_row += 0.01 * (seconds / num_rows - self._seconds_per_row)
 
     def _lose(self, peer: Peer, why: str) -> None:

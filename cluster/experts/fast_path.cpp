@@ -110,13 +110,17 @@ struct Exchange {
   int64_t* order;
   Piece* pieces;
   Part* parts;
-  int64_t num_parts;
+  const double* buckets;
+  int64_t num_parts, num_buckets;
+  double seconds_per_row;
 };
 
-// A server, by its place in the table: its socket, and room for an answer.
+// A server, by its place in the table: its socket, room for an answer, and how long answers took, by bucket.
 struct Line {
   int64_t fd, capacity;
   char* buffer;
+  int64_t* latency_counts;
+  double* latency_sum;
 };
 
 // routes.Balance.deal. experts: of each of k rows. The order sorts rows by server and expert.
@@ -199,6 +203,15 @@ int moray_send(Exchange* exchange, const Line* lines, const char* x, int64_t row
   return whole;
 }
 
+// client.ExpertClient._count: an answer has come.
+static void count(Exchange* exchange, const Line& line, const Part& part) {
+  const double latency = part.answered - part.begun;
+  const double* const end = exchange->buckets + exchange->num_buckets;
+  ++line.latency_counts[std::lower_bound(exchange->buckets, end, latency) - exchange->buckets];
+  *line.latency_sum += latency;
+  exchange->seconds_per_row += 0.01 * (part.seconds / double(part.stop - part.start) - exchange->seconds_per_row);
+}
+
 // Waits for all answers, each until `deadline` and `per_row` for each of its rows have passed, in seconds. Rows come
 // to `out` in the order of x. Returns false when Python should look: an answer is late, or it is no answer.
 int moray_collect(Exchange* exchange, const Line* lines, char* out, int64_t row_bytes, double deadline, double per_row) {
@@ -235,6 +248,7 @@ int moray_collect(Exchange* exchange, const Line* lines, char* out, int64_t row_
       part.received = 0;
       part.seconds = reply.seconds;
       part.answered = now();
+      count(exchange, line, part);
     }
   }
 }

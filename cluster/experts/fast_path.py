@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.experts.latency import BUCKETS, LatencyCounts
 from cluster.experts.messages import DTYPES
 from cluster.experts.routes import KEEP, ROWS_TOGETHER, Balance, Segment
 from cluster.experts.weights import HeldExperts
@@ -63,11 +64,18 @@ class _Copies(ctypes.Structure):
 
 
 class _Exchange(ctypes.Structure):
-    _fields_ = [("order", _pointer), ("pieces", _pointer), ("parts", _pointer), ("num_parts", _int64)]
+    _fields_ = [
+        *((name, _pointer) for name in ("order", "pieces", "parts", "buckets")),
+        *((name, _int64) for name in ("num_parts", "num_buckets")),
+        ("seconds_per_row", _float64),
+    ]
 
 
 class _Line(ctypes.Structure):
-    _fields_ = [("fd", _int64), ("capacity", _int64), ("buffer", _pointer)]
+    _fields_ = [
+        *((name, _int64) for name in ("fd", "capacity")),
+        *((name, _pointer) for name in ("buffer", "latency_counts", "latency_sum")),
+    ]
 
 
 class _Held(ctypes.Structure):
@@ -113,11 +121,13 @@ _PART = np.dtype([(name, "f8" if kind is float else "i8") for name, kind in Part
 class Lines:
     """To all servers of a table, by their places."""
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
-        self._connections = connections
+    def __init__(self, connections: Sequence[Connection], latency: Sequence[LatencyCounts]) -> None:
+        self._connections, self._latency = connections, latency
         self._buffers = torch.empty(len(connections), CAPACITY, dtype=torch.uint8)
-        buffers = zip(connections, self._buffers, strict=True)
-        lines = [_Line(connection.fileno(), CAPACITY, buffer.data_ptr()) for connection, buffer in buffers]
+        lines = [
+            _Line(connection.fileno(), CAPACITY, buffer.data_ptr(), *counts.addresses())
+            for connection, buffer, counts in zip(connections, self._buffers, latency, strict=True)
+        ]
         self._array = (_Line * len(lines))(*lines)
         self.address = ctypes.addressof(self._array)
 
@@ -138,8 +148,9 @@ class Exchange:
         self._order = np.empty(MAX_ROWS, np.int64)
         self._pieces = np.empty((MAX_ROWS, 3), np.int64)
         self._parts = np.empty(MAX_ROWS, _PART)
-        arrays = (array.ctypes.data for array in (self._order, self._pieces, self._parts))
-        self._exchange = _Exchange(*arrays, 0)
+        self._buckets = np.array(BUCKETS)
+        arrays = (array.ctypes.data for array in (self._order, self._pieces, self._parts, self._buckets))
+        self._exchange = _Exchange(*arrays, 0, len(BUCKETS), 0.0)
         self._address = ctypes.addressof(self._exchange)
         self._copies: dict[int, tuple[Balance, _Copies]] = {}
         """Of layers, as their last balances had them."""
@@ -160,13 +171,22 @@ class Exchange:
         return id + int(self._exchange.num_parts)
 
     def collect(self, deadline: float, per_row: float) -> bool:
-        """Waits for answers, for so many seconds; then they are in `out_kD`.
+        """Waits for answers, for so many seconds; then they are in `out_kD`, and counted.
 
         Returns False when one is late, or something else has come.
         """
         self.out_kD = torch.empty_like(self.x_kD)
         out = self.out_kD.data_ptr(), self._row_bytes, deadline, per_row
         return self._is_sent and bool(_library().moray_collect(self._address, self.lines.address, *out))
+
+    @property
+    def seconds_per_row(self) -> float:
+        """What servers take, by the answers of late."""
+        return float(self._exchange.seconds_per_row)
+
+    @seconds_per_row.setter
+    def seconds_per_row(self, seconds: float) -> None:
+        self._exchange.seconds_per_row = seconds
 
     def parts(self) -> list[Part]:
         return [Part(*part) for part in self._parts[: self._exchange.num_parts].tolist()]

@@ -10,6 +10,7 @@ import torch
 
 from cluster.experts.fast_path import Lines
 from cluster.experts.following import Following
+from cluster.experts.latency import LatencyCounts
 from cluster.experts.routes import Balance
 from cluster.experts.table import DirectoryClient, RoutingTable
 from cluster.streams import Connection, Disconnected, Frame, frame_head
@@ -22,6 +23,7 @@ class Peer:
     """One server. It is suspect from a missed deadline until it answers anything."""
 
     id: str
+    latency: LatencyCounts
     connection: Connection | None = None
     is_suspect: bool = False
 
@@ -41,6 +43,8 @@ class Peers:
         """The one in use; `adopt` changes it."""
         self.are_crowding = False
         """Whether those on this host need CPUs that this thread computes on otherwise."""
+        self.latency: dict[str, LatencyCounts] = {}
+        """Of answered calls, by server."""
         self._host = host
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -90,7 +94,8 @@ class Peers:
         """To every server of the table, by place, if all of them answer and nothing is under way there."""
         if self._lines is None and self.table is not None and all(self._usable()):
             peers = [self._by_id[server.id] for server in self.table.servers]
-            self._lines = peers, Lines([peer.connection for peer in peers if peer.connection is not None])
+            connections = [peer.connection for peer in peers if peer.connection is not None]
+            self._lines = peers, Lines(connections, [peer.latency for peer in peers])
         return self._lines if self._lines is not None and self._lines[1].are_idle else None
 
     def send(self, peer: Peer, header: bytes, payload: memoryview, sent: int = 0) -> None:
@@ -190,6 +195,11 @@ class Peers:
         silent = [server.id for server, is_usable in zip(self.table.servers, usable, strict=True) if not is_usable]
         return f"{unserved} experts are only on servers that do not answer: {', '.join(silent)}" if unserved else ""
 
+    def _peer(self, name: str) -> Peer:
+        if name not in self._by_id:
+            self._by_id[name] = Peer(name, self.latency.setdefault(name, LatencyCounts()))
+        return self._by_id[name]
+
     def _outdated(self) -> None:
         self._current.clear()
         self._lines = None
@@ -213,10 +223,10 @@ class Peers:
         named = {server.id for server in table.servers}
         self._unnamed += [self._by_id.pop(name) for name in list(self._by_id) if name not in named]
         for name in named:
-            self._by_id.setdefault(name, Peer(name))
+            self._peer(name)
 
     def _adopt_connection(self, name: str, connection: Connection) -> None:
-        peer = self._by_id.setdefault(name, Peer(name))  # a connection may come before the table that names it
+        peer = self._peer(name)  # a connection may come before the table that names it
         if peer.connection is not None:
             connection.close()
             return

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.experts import fast_path
 from cluster.experts.fast_path import CAPACITY, MAX_ROWS, Exchange, Lines
+from cluster.experts.latency import LatencyCounts
 from cluster.experts.messages import Call, Refusal, Reply, decode_answer, decode_call
 from cluster.experts.routes import Balance
 from cluster.experts.server import ExpertServer
@@ -41,7 +42,8 @@ class Pair:
         self.clients = [Connection(client) for client, _ in ends]
         self.servers = [Connection(server) for _, server in ends]
         self.sockets = [server for _, server in ends]
-        self.lines, self.exchange = Lines(self.clients), Exchange()
+        self.latency = [LatencyCounts(), LatencyCounts()]
+        self.lines, self.exchange = Lines(self.clients, self.latency), Exchange()
 
     def begin(self, x: torch.Tensor) -> list[Call]:
         """Sends half of the rows to each; returns what they are asked."""
@@ -75,7 +77,7 @@ def test_rows_are_dealt_as_by_python(copies, steps):
         order, segments = balance.deal(np.array(step, np.int64))
         with closing(Connection(socket.socket(socket.AF_UNIX))) as connection:  # to nobody
             rows = torch.zeros(len(step), 2), torch.tensor(step, dtype=torch.int64)
-            exchange.begin(Lines([connection] * 4), fast, 0, *rows, 1)
+            exchange.begin(Lines([connection] * 4, [LatencyCounts()] * 4), fast, 0, *rows, 1)
         assert exchange.order().tolist() == order.tolist()
         assert [exchange.segment(part) for part in exchange.parts()] == segments
         assert fast.owed == balance.owed
@@ -97,6 +99,8 @@ def test_answers_come_back_in_the_order_of_the_rows(pair):
     assert torch.equal(pair.exchange.out_kD, -x)
     assert [part.seconds for part in pair.exchange.parts()] == [0.5, 0.5]
     assert pair.lines.are_idle
+    assert [sum(latency.counts) for latency in pair.latency] == [1, 1]
+    assert 0.1 < pair.latency[0].sum < 1 < 1000 * pair.exchange.seconds_per_row
 
 
 def test_an_answer_that_is_late_is_left_to_python(pair):
