@@ -97,14 +97,15 @@ class ExpertClient:
         """The one in use."""
         return self._peers.table
 
-    def submit(self, layer: int, x_kD: Tensor, experts_k: Tensor) -> "PendingRows":
+    def submit(self, layer: int, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> "PendingRows":
         self._peers.adopt()
         table = self._peers.table
         if table is None or layer not in table.layers:
             raise ExpertsNotReady(f"no expert server has told of layer {layer} yet")
         if self._peers.are_crowding:
             cpu.park(True)
-        order, segments = self._peers.balance(layer).deal(experts_k.numpy())
+        routed = None if routed_k is None else routed_k.numpy()
+        order, segments = self._peers.balance(layer).deal(experts_k.numpy(), routed)
         pending = PendingRows(self, layer, Rows(x_kD, order))
         for segment in segments:
             self._send(pending, segment, frozenset())
@@ -254,9 +255,9 @@ class RemoteExperts:
     def __init__(self, client: ExpertClient, layer: int) -> None:
         self._client, self._layer = client, layer
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> "PendingRows":
-        """x_kD: bfloat16 or float32 [k, D] on the CPU; experts_k: int64 [k]."""
-        return self._client.submit(self._layer, x_kD, experts_k)
+    def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> "PendingRows":
+        """x_kD: bfloat16 or float32 [k, D] on the CPU; experts_k: int64 [k]; routed_k: int64 [any]."""
+        return self._client.submit(self._layer, x_kD, experts_k, routed_k)
 
 
 class PendingRows:

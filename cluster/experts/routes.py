@@ -1,13 +1,14 @@
-"""Where the rows of a step go: copies of an expert get them in the proportions of the table.
+"""Where the rows of a step go: each expert's to the copy on the server that was given least of the layer lately.
 
-Each step gives an expert's rows to the copy that is furthest behind its share, less what its server has in this
-step already: over some time shares are kept, and within a step servers are about even. (Drift plus penalty:
-Neely, "Stochastic Network Optimization", 2010.) Clients do not know of each other; that their sum is even,
-too, is what the shares are for. Few rows of an expert stay together: its weights are read once, which is what a step
-of decoding costs. Many, as of a long prompt, are divided, since one server should not work while others wait.
+That evens out servers whatever the loads are, as far as placement allows. (Hajek, "Performance of global load
+balancing by local adjustment", 1990.) It takes all rows of the layer to know what servers were given: tensor-parallel
+ranks, which send an expert's rows from one of them only, all deal the rows of all, alike, and send their own.
+Clients of different engines do not know of each other; where each is even, so is their sum.
+
+Few rows of an expert stay together: its weights are read once, which is what a step of decoding costs. Many, as of a
+long prompt, are divided, since one server should not work while others wait.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,10 +18,13 @@ from numpy.typing import NDArray
 
 from cluster.experts.table import Copy
 
-ROWS_TOGETHER = 64
+ROWS_TOGETHER = 32
 """Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
 _KEEP = 0.98
-"""Of what copies were given, so much still counts the next time: it is forgotten over some fifty steps."""
+"""Of what servers were given, so much still counts the next time: it is forgotten over some fifty deals."""
+_DEALS = 64
+"""After so many all is forgotten. Ranks that took a table a step apart, or found different servers silent, would
+otherwise differ for long in what they think was given."""
 
 
 @dataclass(slots=True)
@@ -49,37 +53,38 @@ class Segment:
 class Balance:
     """Deals the rows of one layer to servers.
 
-    copies: of each expert; usable: whether a server is, by place; before: the balance that this one replaces. What
-    that owed is still owed: tables follow each other by the second, and who starts anew favors the first copies.
+    copies: of each expert; usable: whether a server is, by place; before: the balance that this one replaces, of the
+    same servers unless it was told to `forget`: what they were given still counts.
     """
 
     def __init__(
         self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool], before: "Balance | None" = None
     ) -> None:
-        self._copies = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
-        self._num_servers = len(usable)
-        owed = [{}] * len(copies) if before is None else before.owed()
-        self._owed = [[of.get(copy.server, 0.0) for copy in held] for of, held in zip(owed, self._copies, strict=True)]
-        """Rows by which each copy is behind its share."""
+        self._servers = [[copy.server for copy in of if usable[copy.server]] or [-1] for of in copies]
+        self._given = [0.0] * (len(usable) + 1)  # the last is of server -1
+        self._deals = 0
+        if before is not None:
+            self._given, self._deals = before._given or self._given, before._deals
 
-    def owed(self) -> list[dict[int, float]]:
-        """Rows by which servers are behind their shares of each expert."""
-        return [
-            {copy.server: rows for copy, rows in zip(held, of, strict=True)}
-            for held, of in zip(self._copies, self._owed, strict=True)
-        ]
+    def forget(self) -> None:
+        """Places are other servers from now on."""
+        self._given = []
 
-    def deal(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
+    def deal(
+        self, experts: NDArray[np.int64], routed: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], list[Segment]]:
         """experts: int64 [k], of each row -> the order that sorts rows by server and expert, and each server's part.
 
+        routed: experts of all rows of the step, where others send some: those of experts of which there is none here.
         Rows whose expert has no server are in a segment of server -1.
         """
-        counts = np.bincount(experts, minlength=len(self._copies)).tolist()
+        counts = np.bincount(experts, minlength=len(self._servers)).tolist()
+        dealt = counts if routed is None else np.bincount(routed, minlength=len(self._servers)).tolist()
         by_expert, next_row = experts.argsort(kind="stable"), [0, *accumulate(counts)]
         pieces: list[NDArray[np.int64]] = []
         segments: list[Segment] = []
         start = 0
-        for server, expert, count in sorted(self._choose(counts)):
+        for server, expert, count in sorted(part for part in self._choose(dealt) if counts[part[1]]):
             pieces.append(by_expert[next_row[expert] : next_row[expert] + count])
             next_row[expert] += count
             if not segments or segments[-1].server != server:
@@ -90,32 +95,16 @@ class Balance:
 
     def _choose(self, counts: list[int]) -> list[tuple[int, int, int]]:
         """(server, expert, rows) for every part of an expert's rows. Experts with most rows come first."""
-        taken = [0] * (self._num_servers + 1)  # the last is of server -1
+        self._deals += 1
+        keep = _KEEP if self._deals % _DEALS else 0.0
+        given = self._given = [keep * rows for rows in self._given]
         chosen = []
         for count, expert in sorted([(count, expert) for expert, count in enumerate(counts) if count], reverse=True):
-            copies, owed = self._copies[expert], self._owed[expert]
-            for i, copy in enumerate(copies):
-                owed[i] = _KEEP * owed[i] + copy.share * count
-            parts = max(1, min(len(copies), count // ROWS_TOGETHER))
+            servers = self._servers[expert]
+            parts = max(1, min(len(servers), count // ROWS_TOGETHER))
             for part in range(parts):
                 size = count * (part + 1) // parts - count * part // parts
-                best, server = self._furthest_behind(copies, owed, taken)
-                if server >= 0:
-                    owed[best] -= size
-                taken[server] += size
+                server = min(servers, key=given.__getitem__)
+                given[server] += size
                 chosen.append((server, expert, size))
         return chosen
-
-    def _furthest_behind(self, copies: list[Copy], owed: list[float], taken: list[int]) -> tuple[int, int]:
-        """The copy that should get rows now, and its server; server -1 when there is no copy."""
-        best, server, most = -1, -1, -math.inf
-        for i, copy in enumerate(copies):
-            if (behind := owed[i] - taken[copy.server]) > most:
-                best, server, most = i, copy.server, behind
-        return best, server
-
-
-def _normalized(copies: list[Copy]) -> list[Copy]:
-    """With shares that add up to one."""
-    total = sum(copy.share for copy in copies)
-    return [Copy(copy.server, copy.share / total if total else 1 / len(copies)) for copy in copies]
