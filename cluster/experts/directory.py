@@ -183,13 +183,14 @@ class Directory:
 
     def _is_uneven(self, layer: int) -> bool:
         assert self._table is not None
-        loads, holds = self._loads[layer], np.zeros((self._num_experts, len(self._table.servers)), np.bool_)
+        loads, shape = self._loads[layer], (self._num_experts, len(self._table.servers))
+        holds, parts = np.zeros(shape, np.bool_), np.zeros(shape)
         if loads.mean() < FEWEST_ROWS:
             return False
         for expert, copies in enumerate(self._table.layers[layer]):
             for copy in copies:
-                holds[expert, copy.server] = True
-        return imbalance(share(loads, holds).sum(0)) > UNEVEN
+                holds[expert, copy.server], parts[expert, copy.server] = True, copy.share
+        return imbalance(share(loads, holds, loads[:, None] * parts).sum(0)) > UNEVEN
 
     def _certain(self, layer: int) -> NDArray[np.float64]:
         """Load of the layer's experts, taken to be alike as far as little has been seen of them."""
