@@ -51,10 +51,10 @@ class _Guarded:
         self.is_whole = experts.is_whole
         self._experts, self._faults = experts, faults
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
+    def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> PendingExperts:
         if not self._faults.fault:
             try:
-                return _Pending(self._experts.submit(x_kD, experts_k), x_kD, self._faults)
+                return _Pending(self._experts.submit(x_kD, experts_k, routed_k), x_kD, self._faults)
             except ExpertsNotReady as error:
                 self._faults.fault = str(error)
         return Ready(torch.zeros_like(x_kD))

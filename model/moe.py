@@ -34,8 +34,11 @@ class Experts(Protocol):
 
     is_whole: bool
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
-        """Starts expert `experts_k[i]` on row i. x_kD: [k, D]; experts_k: int64 [k]."""
+    def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> PendingExperts:
+        """Starts expert `experts_k[i]` on row i. x_kD: [k, D]; experts_k: int64 [k].
+
+        routed_k: experts of all pairs of the step, where other ranks submit the rest; None: these are all.
+        """
 
 
 class Ready:
@@ -64,7 +67,7 @@ class LocalExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.register_load_state_dict_pre_hook(load_hooks.StackExperts(num_experts))
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> Ready:
+    def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> Ready:
         return Ready(compute_by_expert(x_kD, experts_k, self.w1.shape[0], self.compute))
 
     def compute(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -124,14 +127,15 @@ def dispatch(
     Experts whose outputs are whole get each pair from one tensor-parallel rank only; the sum over ranks that follows
     is the same. The expert says which rank: the token's place in the batch would make bits depend on its company.
     """
-    experts_k, weights_k1 = experts.flatten(), weights.reshape(-1, 1)
+    experts_k, weights_k1, routed_k = experts.flatten(), weights.reshape(-1, 1), None
     tokens_k = None if args.top_k == 1 else _tokens_of_pairs(x_aD, args.top_k)  # None: pair i is of token i
     if computed_by.is_whole and (size := model_parallel_size()) > 1:
+        routed_k = experts_k
         own = experts_k % size == model_parallel_rank()
         tokens_k, experts_k, weights_k1 = _tokens_of_pairs(x_aD, args.top_k)[own], experts_k[own], weights_k1[own]
     in_kD = x_aD if tokens_k is None else x_aD[tokens_k]
     scale_input = args.router == "sigmoid"
-    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts_k)
+    pending = computed_by.submit(in_kD * weights_k1 if scale_input else in_kD, experts_k, routed_k)
     out_aD = torch.zeros_like(x_aD) if shared_expert is None else shared_expert(x_aD)
     out_kD = pending.wait() if scale_input else pending.wait() * weights_k1
     return out_aD + out_kD if tokens_k is None else out_aD.index_add(0, tokens_k, out_kD)

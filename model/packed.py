@@ -134,7 +134,7 @@ class PackedExperts:
         swiglus = [PackedSwiGLU(w1.T, w2.T, w3.T) for w1, w2, w3 in weights]
         self.w13, self.w2 = [each.w13 for each in swiglus], [each.w2 for each in swiglus]
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> Ready:
+    def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> Ready:
         return Ready(compute_by_expert(x_kD, experts_k, len(self.w13), self.compute))
 
     def compute(self, x: Tensor, counts: list[int]) -> Tensor:

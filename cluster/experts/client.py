@@ -103,7 +103,7 @@ class ExpertClient:
         """The one in use."""
         return self._peers.table
 
-    def submit(self, layer: int, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
+    def submit(self, layer: int, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor) -> PendingExperts:
         self._peers.adopt()
         table = self._peers.table
         if table is None or layer not in table.layers:
@@ -111,12 +111,12 @@ class ExpertClient:
         if self._peers.are_crowding:
             cpu.park(True)
         balance, lines, exchange = self._peers.balance(layer), self._peers.lines(), self._exchange
-        if exchange and lines and balance.is_whole and exchange.takes(x_kD, experts_k):
+        if exchange and lines and balance.is_whole and exchange.takes(x_kD, experts_k, routed_k):
             peers, to_them = lines
-            self._next_id = exchange.begin(to_them, balance, layer, x_kD, experts_k, self._next_id)
+            self._next_id = exchange.begin(to_them, balance, layer, x_kD, experts_k, routed_k, self._next_id)
             self._exchange = None
             return _Exchanged(self, exchange, peers)
-        order, segments = balance.deal(experts_k.numpy())
+        order, segments = balance.deal(experts_k.numpy(), routed_k.numpy())
         pending = PendingRows(self, layer, Rows(x_kD, order))
         for segment in segments:
             self._send(pending, segment, frozenset())
@@ -317,9 +317,9 @@ class RemoteExperts:
     def __init__(self, client: ExpertClient, layer: int) -> None:
         self._client, self._layer = client, layer
 
-    def submit(self, x_kD: Tensor, experts_k: Tensor) -> PendingExperts:
-        """x_kD: bfloat16 or float32 [k, D] on the CPU; experts_k: int64 [k]."""
-        return self._client.submit(self._layer, x_kD, experts_k)
+    def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> PendingExperts:
+        """x_kD: bfloat16 or float32 [k, D] on the CPU; experts_k: int64 [k]; routed_k: int64 [any]."""
+        return self._client.submit(self._layer, x_kD, experts_k, experts_k if routed_k is None else routed_k)
 
 
 class _Exchanged:

@@ -26,10 +26,11 @@ DEAD_AFTER_SECONDS = 3.0
 SETTLE_SECONDS = 2.0
 """Before the first placement: servers that start together should not load what others will hold."""
 REBALANCE_SECONDS = 3.0
-LOAD_SECONDS = 10.0
+LOAD_SECONDS = 5.0
 """Load is an average over about so long."""
-UNEVEN = 1.1
-FEWEST_ROWS = 50.0
+UNEVEN = 1.05
+"""Imbalance of the copies that there are, were their rows divided as evenly as can be, above which some move."""
+FEWEST_ROWS = 20.0
 """Of a layer and expert on average; with fewer the load is noise, and nothing moves for it."""
 SPARE = 1.125
 """Room for copies beyond `copies` of each expert, where the memory is not given."""
@@ -182,13 +183,14 @@ class Directory:
 
     def _is_uneven(self, layer: int) -> bool:
         assert self._table is not None
-        loads, shares = self._loads[layer], np.zeros((self._num_experts, len(self._table.servers)))
+        loads, shape = self._loads[layer], (self._num_experts, len(self._table.servers))
+        holds, parts = np.zeros(shape, np.bool_), np.zeros(shape)
         if loads.mean() < FEWEST_ROWS:
             return False
         for expert, copies in enumerate(self._table.layers[layer]):
             for copy in copies:
-                shares[expert, copy.server] = copy.share
-        return imbalance(loads @ shares) > UNEVEN
+                holds[expert, copy.server], parts[expert, copy.server] = True, copy.share
+        return imbalance(share(loads, holds, loads[:, None] * parts).sum(0)) > UNEVEN
 
     def _certain(self, layer: int) -> NDArray[np.float64]:
         """Load of the layer's experts, taken to be alike as far as little has been seen of them."""

@@ -84,14 +84,14 @@ bool receive_frame(int fd, char* buffer, int64_t capacity, int64_t& received) {
 
 extern "C" {
 
-// Copies of the experts of one layer: those of expert e are first[e] to first[e + 1].
-struct Copies {
-  int64_t experts, servers, rows_together;
+// A routes.Balance: servers of expert e are those from first[e] to first[e + 1].
+struct Balance {
+  int64_t experts, num_servers, rows_together, deals_remembered;
   double keep;
   const int64_t* first;
-  const int64_t* server;
-  const double* share;
-  double* owed;
+  const int64_t* servers;
+  double* given;
+  int64_t* deals;
 };
 
 struct Piece {
@@ -123,35 +123,36 @@ struct Line {
   double* latency_sum;
 };
 
-// routes.Balance.deal. experts: of each of k rows. The order sorts rows by server and expert.
-void moray_deal(const Copies* copies, const int64_t* experts, int64_t k, Exchange* exchange) {
-  std::vector<int64_t> counts(copies->experts, 0), next(copies->experts + 1, 0), taken(copies->servers, 0);
-  std::vector<int64_t> by_expert(k), busiest;
-  for (int64_t i = 0; i < k; ++i) ++counts[experts[i]];
-  for (int64_t e = 0; e < copies->experts; ++e) {
-    next[e + 1] = next[e] + counts[e];
+// routes.Balance.deal, to the bit: other ranks of a group may run that. experts: of each of k rows; routed: of the n
+// rows of all ranks. The order sorts rows by server and expert.
+void moray_deal(const Balance* balance, const int64_t* experts, int64_t k, const int64_t* routed, int64_t n,
+                Exchange* exchange) {
+  const int64_t num_experts = balance->experts;
+  std::vector<int64_t> counts(num_experts, 0), own(num_experts, 0), next(num_experts + 1, 0), by_expert(k), busiest;
+  for (int64_t i = 0; i < n; ++i) ++counts[routed[i]];
+  for (int64_t i = 0; i < k; ++i) ++own[experts[i]];
+  for (int64_t e = 0; e < num_experts; ++e) {
+    next[e + 1] = next[e] + own[e];
     if (counts[e]) busiest.push_back(e);
   }
-  std::sort(busiest.begin(), busiest.end(), [&](int64_t a, int64_t b) { return std::tie(counts[a], a) > std::tie(counts[b], b); });
-  {
-    std::vector<int64_t> at(next);
-    for (int64_t i = 0; i < k; ++i) by_expert[at[experts[i]]++] = i;
-  }
+  std::sort(busiest.begin(), busiest.end(),
+            [&](int64_t a, int64_t b) { return std::tie(counts[a], a) > std::tie(counts[b], b); });
+  std::vector<int64_t> at(next);
+  for (int64_t i = 0; i < k; ++i) by_expert[at[experts[i]]++] = i;
+  double* const given = balance->given;
+  const double keep = ++*balance->deals % balance->deals_remembered ? balance->keep : 0.0;
+  for (int64_t s = 0; s <= balance->num_servers; ++s) given[s] *= keep;
   int64_t num_pieces = 0;
   for (const int64_t e : busiest) {
-    const int64_t first = copies->first[e], held = copies->first[e + 1] - first, count = counts[e];
-    for (int64_t c = first; c < first + held; ++c)
-      copies->owed[c] = copies->keep * copies->owed[c] + copies->share[c] * double(count);
-    const int64_t parts = std::max<int64_t>(1, std::min(held, count / copies->rows_together));
+    const int64_t* const first = balance->servers + balance->first[e];
+    const int64_t* const last = balance->servers + balance->first[e + 1];
+    const int64_t count = counts[e];
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(last - first, count / balance->rows_together));
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t size = count * (part + 1) / parts - count * part / parts;
-      int64_t best = first;
-      const auto behind = [&](int64_t c) { return copies->owed[c] - double(taken[copies->server[c]]); };
-      for (int64_t c = first + 1; c < first + held; ++c)
-        if (behind(c) > behind(best)) best = c;
-      copies->owed[best] -= double(size);
-      taken[copies->server[best]] += size;
-      exchange->pieces[num_pieces++] = {copies->server[best], e, size};
+      const int64_t server = *std::min_element(first, last, [&](int64_t a, int64_t b) { return given[a] < given[b]; });
+      given[server] += double(size);
+      if (own[e]) exchange->pieces[num_pieces++] = {server, e, size};
     }
   }
   std::sort(exchange->pieces, exchange->pieces + num_pieces, [](const Piece& a, const Piece& b) {

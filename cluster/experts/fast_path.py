@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.experts.latency import BUCKETS, LatencyCounts
 from cluster.experts.messages import DTYPES
-from cluster.experts.routes import KEEP, ROWS_TOGETHER, Balance, Segment
+from cluster.experts.routes import DEALS, KEEP, ROWS_TOGETHER, Balance, Segment
 from cluster.experts.weights import HeldExperts
 from cluster.streams import Connection, Frame, memory
 from model.kernels import build, cpu
@@ -46,7 +46,7 @@ def available() -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = build.library(Path(__file__).with_suffix(".cpp"), ["-pthread"])
-    library.moray_deal.argtypes = [_pointer, _pointer, _int64, _pointer]
+    library.moray_deal.argtypes = [_pointer, _pointer, _int64, _pointer, _int64, _pointer]
     library.moray_deal.restype = None
     library.moray_send.argtypes = [_pointer, _pointer, _pointer, _int64, _int, _int, _int64]
     library.moray_collect.argtypes = [_pointer, _pointer, _pointer, _int64, _float64, _float64]
@@ -55,11 +55,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-class _Copies(ctypes.Structure):
+class _Balance(ctypes.Structure):
     _fields_ = [
-        *((name, _int64) for name in ("experts", "servers", "rows_together")),
+        *((name, _int64) for name in ("experts", "num_servers", "rows_together", "deals_remembered")),
         ("keep", _float64),
-        *((name, _pointer) for name in ("first", "server", "share", "owed")),
+        *((name, _pointer) for name in ("first", "servers", "given", "deals")),
     ]
 
 
@@ -152,20 +152,21 @@ class Exchange:
         arrays = (array.ctypes.data for array in (self._order, self._pieces, self._parts, self._buckets))
         self._exchange = _Exchange(*arrays, 0, len(BUCKETS), 0.0)
         self._address = ctypes.addressof(self._exchange)
-        self._copies: dict[int, tuple[Balance, _Copies]] = {}
-        """Of layers, as their last balances had them."""
+        self._balances: dict[int, tuple[Balance, _Balance]] = {}
+        """By layer, those it had last."""
 
     @staticmethod
-    def takes(x_kD: Tensor, experts_k: Tensor) -> bool:
-        is_small = len(x_kD) <= MAX_ROWS and x_kD.nbytes <= CAPACITY // 2
-        return is_small and x_kD.is_contiguous() and experts_k.is_contiguous()
+    def takes(*tensors: Tensor) -> bool:
+        return all(len(each) <= MAX_ROWS and each.nbytes <= CAPACITY // 2 and each.is_contiguous() for each in tensors)
 
-    def begin(self, lines: Lines, balance: Balance, layer: int, x_kD: Tensor, experts_k: Tensor, id: int) -> int:
+    def begin(
+        self, lines: Lines, balance: Balance, layer: int, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor, id: int
+    ) -> int:
         """Deals rows as `balance`, which is whole, and sends them. Ids count up from `id`; returns the next."""
         self.lines, self.layer, self.x_kD = lines, layer, x_kD
         self._row_bytes = x_kD.shape[1] * x_kD.itemsize
-        deal = self._copies_of(layer, balance), experts_k.data_ptr(), len(experts_k), self._address
-        _library().moray_deal(*deal)
+        rows = experts_k.data_ptr(), len(experts_k), routed_k.data_ptr(), len(routed_k)
+        _library().moray_deal(self._balance(layer, balance), *rows, self._address)
         send = lines.address, x_kD.data_ptr(), self._row_bytes, layer, _DTYPES[x_kD.dtype], id
         self._is_sent = bool(_library().moray_send(self._address, *send))
         return id + int(self._exchange.num_parts)
@@ -199,12 +200,14 @@ class Exchange:
         pieces = self._pieces[part.first_piece : part.first_piece + part.pieces]
         return Segment(part.server, part.start, part.stop, pieces[:, 1].tolist(), pieces[:, 2].tolist())
 
-    def _copies_of(self, layer: int, balance: Balance) -> int:
-        if layer not in self._copies or self._copies[layer][0] is not balance:
-            arrays = (array.buffer_info()[0] for array in (balance.first, balance.server, balance.share, balance.owed))
-            copies = _Copies(balance.num_experts, balance.num_servers, ROWS_TOGETHER, KEEP, *arrays)
-            self._copies[layer] = balance, copies
-        return ctypes.addressof(self._copies[layer][1])
+    def _balance(self, layer: int, balance: Balance) -> int:
+        """Its address."""
+        if layer not in self._balances or self._balances[layer][0] is not balance:
+            arrays = balance.first, balance.servers, balance.given, balance.deals
+            addresses = (array.buffer_info()[0] for array in arrays)
+            numbers = balance.num_experts, len(balance.given) - 1, ROWS_TOGETHER, DEALS, KEEP
+            self._balances[layer] = balance, _Balance(*numbers, *addresses)
+        return ctypes.addressof(self._balances[layer][1])
 
 
 _DTYPES = {getattr(torch, name): number for number, name in enumerate(DTYPES)}

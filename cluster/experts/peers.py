@@ -216,7 +216,8 @@ class Peers:
 
     def _adopt_table(self, table: RoutingTable) -> None:
         if self.table is not None and self.table.servers != table.servers:
-            self._balances.clear()  # places are other servers now
+            for balance in self._balances.values():
+                balance.forget()
         self.table = table
         near = sum(server.host == self._host for server in table.servers)
         self.are_crowding = near > 0 and near + torch.get_num_threads() > len(os.sched_getaffinity(0))

@@ -21,8 +21,8 @@ distinct hosts where there are enough; what is held already stays; further copie
 they even out the load. DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB) has the last of these
 only, and leaves half of the experts with one copy.
 
-Copies of an expert share its rows in the proportions of `share`, which makes the fullest server as
-little full as the placement allows.
+Copies of an expert are taken to share its rows in the proportions of `share`, which makes the fullest
+server as little full as the placement allows. Clients come near that without being told (routes.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,10 +1,12 @@
-"""Where the rows of a step go: copies of an expert get them in the proportions of the table.
+"""Where the rows of a step go: each expert's to the copy on the server that was given least of the layer lately.
 
-Each step gives an expert's rows to the copy that is furthest behind its share, less what its server has in this
-step already: over some time shares are kept, and within a step servers are about even. (Drift plus penalty:
-Neely, "Stochastic Network Optimization", 2010.) Clients do not know of each other; that their sum is even,
-too, is what the shares are for. Few rows of an expert stay together: its weights are read once, which is what a step
-of decoding costs. Many, as of a long prompt, are divided, since one server should not work while others wait.
+That evens out servers whatever the loads are, as far as placement allows. (Hajek, "Performance of global load
+balancing by local adjustment", 1990.) It takes all rows of the layer to know what servers were given: tensor-parallel
+ranks, which send an expert's rows from one of them only, all deal the rows of all, alike, and send their own.
+Clients of different engines do not know of each other; where each is even, so is their sum.
+
+Few rows of an expert stay together: its weights are read once, which is what a step of decoding costs. Many, as of a
+long prompt, are divided, since one server should not work while others wait.
 """
 
 from array import array
@@ -17,10 +19,13 @@ from numpy.typing import NDArray
 
 from cluster.experts.table import Copy
 
-ROWS_TOGETHER = 64
+ROWS_TOGETHER = 32
 """Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
 KEEP = 0.98
-"""Of what copies were given, so much still counts the next time: it is forgotten over some fifty steps."""
+"""Of what servers were given, so much still counts the next time: it is forgotten over some fifty deals."""
+DEALS = 64
+"""After so many all is forgotten. Ranks that took a table a step apart, or found different servers silent, would
+otherwise differ for long in what they think was given."""
 
 
 @dataclass(slots=True)
@@ -49,37 +54,49 @@ class Segment:
 class Balance:
     """Deals the rows of one layer to servers.
 
-    copies: of each expert; usable: whether a server is, by place; before: the balance that this one replaces. What
-    that owed is still owed: tables follow each other by the second, and who starts anew favors the first copies.
+    copies: of each expert; usable: whether a server is, by place; before: the balance that this one replaces, of the
+    same servers unless it was told to `forget`: what they were given still counts.
     """
 
     def __init__(
         self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool], before: "Balance | None" = None
     ) -> None:
-        held = [_normalized([copy for copy in of if usable[copy.server]]) for of in copies]
-        self.num_experts, self.num_servers = len(copies), len(usable)
-        self.is_whole = all(held)
+        servers = [[copy.server for copy in of if usable[copy.server]] or [-1] for of in copies]
+        self.is_whole = all(of[0] >= 0 for of in servers)
         """Whether every expert has a server."""
-        self.first = array("q", [0, *accumulate(len(of) for of in held)])
-        """Copies of expert e are those from first[e] to first[e + 1]; int64, as the next, and float64."""
-        self.server = array("q", [copy.server for of in held for copy in of])
-        self.share = array("d", [copy.share for of in held for copy in of])
-        owed = {} if before is None else before._owed_by_expert_and_server()
-        by_copy = [owed.get((expert, copy.server), 0.0) for expert, of in enumerate(held) for copy in of]
-        self.owed = array("d", by_copy)
-        """Rows by which each copy is behind its share."""
+        self.first = array("q", [0, *accumulate(map(len, servers))])
+        """Servers of expert e are those from first[e] to first[e + 1]; fast_path.cpp reads and writes all these."""
+        self.servers = array("q", [server for of in servers for server in of])
+        self.given = array("d", [0.0] * (len(usable) + 1))
+        """Rows of late, by server; the last is of server -1."""
+        self.deals = array("q", [0])
+        """Their number."""
+        if before is not None:
+            self.given, self.deals = before.given or self.given, before.deals
 
-    def deal(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Segment]]:
+    @property
+    def num_experts(self) -> int:
+        return len(self.first) - 1
+
+    def forget(self) -> None:
+        """Places are other servers from now on."""
+        self.given = array("d")
+
+    def deal(
+        self, experts: NDArray[np.int64], routed: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], list[Segment]]:
         """experts: int64 [k], of each row -> the order that sorts rows by server and expert, and each server's part.
 
+        routed: experts of all rows of the step, where others send some: those of experts of which there is none here.
         Rows whose expert has no server are in a segment of server -1.
         """
         counts = np.bincount(experts, minlength=self.num_experts).tolist()
+        dealt = counts if routed is None else np.bincount(routed, minlength=self.num_experts).tolist()
         by_expert, next_row = experts.argsort(kind="stable"), [0, *accumulate(counts)]
         pieces: list[NDArray[np.int64]] = []
         segments: list[Segment] = []
         start = 0
-        for server, expert, count in sorted(self._choose(counts)):
+        for server, expert, count in sorted(part for part in self._choose(dealt) if counts[part[1]]):
             pieces.append(by_expert[next_row[expert] : next_row[expert] + count])
             next_row[expert] += count
             if not segments or segments[-1].server != server:
@@ -90,30 +107,17 @@ class Balance:
 
     def _choose(self, counts: list[int]) -> list[tuple[int, int, int]]:
         """(server, expert, rows) for every part of an expert's rows. Experts with most rows come first."""
-        taken = [0] * (self.num_servers + 1)  # the last is of server -1
+        self.deals[0] += 1
+        keep, given = KEEP if self.deals[0] % DEALS else 0.0, self.given
+        for server, rows in enumerate(given):
+            given[server] = keep * rows
         chosen = []
         for count, expert in sorted([(count, expert) for expert, count in enumerate(counts) if count], reverse=True):
-            copies = range(self.first[expert], self.first[expert + 1])
-            for copy in copies:
-                self.owed[copy] = KEEP * self.owed[copy] + self.share[copy] * count
-            parts = max(1, min(len(copies), count // ROWS_TOGETHER))
+            servers = self.servers[self.first[expert] : self.first[expert + 1]]
+            parts = max(1, min(len(servers), count // ROWS_TOGETHER))
             for part in range(parts):
                 size = count * (part + 1) // parts - count * part // parts
-                server = -1
-                if copies:
-                    best = max(copies, key=lambda copy: self.owed[copy] - taken[self.server[copy]])
-                    self.owed[best] -= size
-                    server = self.server[best]
-                taken[server] += size
+                server = min(servers, key=given.__getitem__)
+                given[server] += size
                 chosen.append((server, expert, size))
         return chosen
-
-    def _owed_by_expert_and_server(self) -> dict[tuple[int, int], float]:
-        of = [(expert, copy) for expert in range(self.num_experts) for copy in range(*self.first[expert : expert + 2])]
-        return {(expert, self.server[copy]): self.owed[copy] for expert, copy in of}
-
-
-def _normalized(copies: list[Copy]) -> list[Copy]:
-    """With shares that add up to one."""
-    total = sum(copy.share for copy in copies)
-    return [Copy(copy.server, copy.share / total if total else 1 / len(copies)) for copy in copies]

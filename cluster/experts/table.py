@@ -24,7 +24,7 @@ class ServerAddress:
 
 
 class Copy(NamedTuple):
-    """One copy of an expert: the server's place in `RoutingTable.servers`, and its part of the expert's rows."""
+    """One copy of an expert: the server's place in `RoutingTable.servers`, and its part of the rows if all are even."""
 
     server: int
     share: float

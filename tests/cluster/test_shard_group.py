@@ -186,7 +186,7 @@ class WholeExperts:
     def __init__(self, held: HeldExperts, layer: int) -> None:
         self.held, self.layer = held, layer
 
-    def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor) -> Ready:
+    def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor, routed_k: torch.Tensor) -> Ready:
         rows = zip(x_kD, experts_k.tolist(), strict=True)
         outputs = [self.held.compute(self.layer, [expert], [1], x[None]) for x, expert in rows]
         return Ready(torch.cat(outputs) if outputs else x_kD)
@@ -213,8 +213,8 @@ class FragileExperts(WholeExperts):
 
     gone: Path
 
-    def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor) -> Any:
-        return self if self.gone.exists() else super().submit(x_kD, experts_k)
+    def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor, routed_k: torch.Tensor) -> Any:
+        return self if self.gone.exists() else super().submit(x_kD, experts_k, routed_k)
 
     def wait(self) -> torch.Tensor:
         raise ExpertsUnavailable(f"no server for {self.gone.name}")

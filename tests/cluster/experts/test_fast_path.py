@@ -26,12 +26,8 @@ from model.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.skipif(not fast_path.available(), reason="needs a C++ compiler")
 
-copies = st.lists(
-    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), min_size=1, max_size=4, unique_by=lambda copy: copy[0]),
-    min_size=4,
-    max_size=4,
-)
-steps = st.lists(st.lists(st.integers(0, 3), max_size=MAX_ROWS), min_size=1, max_size=5)
+servers_of_experts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True), min_size=4, max_size=4)
+steps = st.lists(st.lists(st.integers(0, 3), max_size=MAX_ROWS), min_size=1, max_size=70)
 
 
 class Pair:
@@ -49,7 +45,7 @@ class Pair:
         """Sends half of the rows to each; returns what they are asked."""
         balance = Balance([[Copy(0, 1.0)], [Copy(1, 1.0)]], [True, True])
         experts = torch.arange(len(x)) % 2
-        assert self.exchange.begin(self.lines, balance, 7, x, experts, 40) == 42
+        assert self.exchange.begin(self.lines, balance, 7, x, experts, experts, 40) == 42
         calls = []
         for number, server in enumerate(self.servers):
             (frame,) = server.receive()
@@ -69,18 +65,20 @@ def pair() -> Iterator[Pair]:
     pair.close()
 
 
-@given(copies, steps)
-def test_rows_are_dealt_as_by_python(copies, steps):
-    held = [[Copy(*copy) for copy in of] for of in copies]
-    balance, fast, exchange = Balance(held, [True] * 4), Balance(held, [True] * 4), Exchange()
+@given(servers_of_experts, steps, st.integers(1, 3))
+def test_rows_are_dealt_as_by_python(servers_of_experts, steps, ranks):
+    copies = [[Copy(server, 0.5) for server in servers] for servers in servers_of_experts]
+    balance, fast, exchange = Balance(copies, [True] * 4), Balance(copies, [True] * 4), Exchange()
     for step in steps:
-        order, segments = balance.deal(np.array(step, np.int64))
+        routed = np.array(step, np.int64)
+        own = routed[routed % ranks == 0]
+        order, segments = balance.deal(own, routed)
         with closing(Connection(socket.socket(socket.AF_UNIX))) as connection:  # to nobody
-            rows = torch.zeros(len(step), 2), torch.tensor(step, dtype=torch.int64)
-            exchange.begin(Lines([connection] * 4, [LatencyCounts()] * 4), fast, 0, *rows, 1)
+            lines, x = Lines([connection] * 4, [LatencyCounts()] * 4), torch.zeros(len(own), 2)
+            exchange.begin(lines, fast, 0, x, torch.from_numpy(own), torch.from_numpy(routed), 1)
         assert exchange.order().tolist() == order.tolist()
         assert [exchange.segment(part) for part in exchange.parts()] == segments
-        assert fast.owed == balance.owed
+        assert (fast.given, fast.deals) == (balance.given, balance.deals)
 
 
 def answered(call: Call, payload: bytes) -> bytes:
@@ -152,7 +150,8 @@ def test_a_closed_connection_is_left_to_python(pair, sent):
 def test_so_is_one_that_takes_nothing(pair):
     pair.servers[1].close()
     balance = Balance([[Copy(1, 1.0)]], [True, True])
-    pair.exchange.begin(pair.lines, balance, 7, torch.zeros(1, 5), torch.zeros(1, dtype=torch.int64), 1)
+    experts = torch.zeros(1, dtype=torch.int64)
+    pair.exchange.begin(pair.lines, balance, 7, torch.zeros(1, 5), experts, experts, 1)
     assert not pair.exchange.collect(5.0, 0.0)
     assert pair.exchange.parts()[0].is_lost
 
@@ -162,7 +161,7 @@ def test_a_full_socket_takes_a_part(pair):
         while True:
             pair.clients[0]._stream.send(bytes(1 << 10))
     x, experts = torch.zeros(8, 512), torch.zeros(8, dtype=torch.int64)
-    pair.exchange.begin(pair.lines, Balance([[Copy(0, 1.0)]], [True, True]), 7, x, experts, 1)
+    pair.exchange.begin(pair.lines, Balance([[Copy(0, 1.0)]], [True, True]), 7, x, experts, experts, 1)
     (part,) = pair.exchange.parts()
     assert 0 <= part.sent < part.bytes
     assert not pair.exchange.collect(5.0, 0.0)

@@ -96,7 +96,7 @@ def test_a_model_whose_experts_are_elsewhere_is_filled_without_them(request, whi
             super().__init__()
             self.layer = layer
 
-        def submit(self, x_kD, experts_k):
+        def submit(self, x_kD, experts_k, routed_k):
             self.rows = []
             for x, expert in zip(x_kD, experts_k.tolist(), strict=True):
                 w1, w2, w3 = checkpoint.read_expert(self.layer, expert)
