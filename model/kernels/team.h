@@ -49,6 +49,7 @@ class Team {
     work_ = &work;
     call_ = [](const void* work, int64_t begin, int64_t end) { (*static_cast<const Work*>(work))(begin, end); };
     count_ = count;
+    cpu_.store(sched_getcpu(), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     const uint64_t next = (ticket_.load(std::memory_order_relaxed) >> kLoopShift) + 1;
     ticket_.store(next << kLoopShift | uint64_t(pieces) << kPiecesShift);
@@ -78,7 +79,22 @@ class Team {
 
   void live(int number) {
     for (uint32_t seen = 0;; seen = await(seen, number))
-      if (number < size_.load(std::memory_order_relaxed) - 1 && has_pieces()) take_part();
+      if (number < size_.load(std::memory_order_relaxed) - 1 && has_pieces()) {
+        if (sched_getcpu() == cpu_.load(std::memory_order_relaxed)) leave_cpu();
+        take_part();
+      }
+  }
+
+  // For any other that this thread may use. The kernel wakes a thread where it ran last, and on few CPUs may leave it
+  // there for milliseconds, taking turns with the caller, while another CPU is idle.
+  static void leave_cpu() {
+    cpu_set_t all, others;
+    if (sched_getaffinity(0, sizeof all, &all)) return;
+    others = all;
+    CPU_CLR(sched_getcpu(), &others);
+    if (!CPU_COUNT(&others)) return;
+    sched_setaffinity(0, sizeof others, &others);
+    sched_setaffinity(0, sizeof all, &all);
   }
 
   bool has_pieces() const {
@@ -125,7 +141,7 @@ class Team {
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<uint32_t> wakes_{0};
-  std::atomic<int> sleepers_{0}, size_{1};
+  std::atomic<int> sleepers_{0}, size_{1}, cpu_{-1};  // cpu_: the caller's
   std::atomic<bool> parked_{false};
   std::mutex busy_;
   int started_ = 0;

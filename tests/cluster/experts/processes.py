@@ -49,12 +49,7 @@ class ManagedDirectory:
         return await asyncio.to_thread(self.call, "report", report)
 
     async def next_table(self, epoch: int) -> RoutingTable | None:
-        for _ in range(50):
-            table = await asyncio.to_thread(self.call, "get_table")
-            if table is not None and table.epoch != epoch:
-                return table
-            await asyncio.sleep(0.02)
-        return None
+        return await asyncio.to_thread(self.call, "await_table", epoch)  # type: ignore[return-value]
 
 
 class Cluster:
@@ -148,10 +143,17 @@ def _run(log: str, run: Callable[..., None], arguments: tuple[object, ...]) -> N
 
 
 class Served(Directory):
-    """With a method in the place of a property, which managers do not pass on."""
+    """With methods in the place of a property, which managers do not pass on."""
 
     def get_table(self) -> RoutingTable | None:
         return self.table
+
+    def await_table(self, epoch: int, seconds: float = 0.3) -> RoutingTable | None:
+        """The first other than `epoch` within so many seconds. Sleeps here, since every call costs a connection."""
+        deadline = time.monotonic() + seconds
+        while (self.table is None or self.table.epoch == epoch) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return None if self.table is None or self.table.epoch == epoch else self.table
 
 
 def run_directory(socket: str, model: str, copies: int) -> None:
