@@ -3,14 +3,16 @@
 Ray places them and is told when one ends; the steps go over cluster/parallel.py.
 """
 
+import contextlib
 import logging
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.experts.client import ClientCounts, ExpertClient
 from cluster.parallel import Layout, Rendezvous, World
 from cluster.shard_group import OnLost, ShardGroup, follow
 
@@ -20,8 +22,20 @@ START_SECONDS = 120.0
 """For the processes of all ranks to start and to find each other."""
 
 
+COUNTS_SECONDS = 1.0
+"""For ranks to tell what they have counted; then what they told last is taken."""
+
+
+class HasClient(Protocol):
+    """The `experts` of a `Shard`'s options."""
+
+    client: ExpertClient | None
+
+
 class Rank:
-    """A follower's actor."""
+    """A follower's actor. It runs in one thread, and counts are asked for in another."""
+
+    _experts: HasClient | None = None
 
     def node(self) -> tuple[str, str]:
         """Ray's id of the node it is on, and its address."""
@@ -29,7 +43,31 @@ class Rank:
 
     def run(self, layout: Layout, rank: int, rendezvous: str, options: dict[str, Any], rank_timeout_s: float) -> None:
         """Returns when the group has stopped; raises what `Shard` raises. Ends the process when the group is lost."""
+        self._experts = options.get("experts")
         follow(World(layout, rank, rendezvous, START_SECONDS, _node()[1]), options, rank_timeout_s)
+
+    def expert_counts(self) -> ClientCounts | None:
+        """Of this rank's client, if it has one."""
+        client = None if self._experts is None else self._experts.client
+        return None if client is None else client.snapshot()
+
+
+class FollowerCounts:
+    """What the followers' clients of expert servers have counted, by rank."""
+
+    def __init__(self, followers: list[Any]) -> None:
+        self._followers = followers
+        self._last: dict[int, ClientCounts] = {}
+
+    def __call__(self) -> dict[int, ClientCounts]:
+        """From any thread; takes up to COUNTS_SECONDS."""
+        asked = {follower.expert_counts.remote(): rank for rank, follower in enumerate(self._followers, start=1)}
+        told, _ = ray.wait(list(asked), num_returns=len(asked), timeout=COUNTS_SECONDS) if asked else ([], [])
+        for reference in told:
+            with contextlib.suppress(ray.exceptions.RayError):
+                if (counts := ray.get(reference)) is not None:
+                    self._last[asked[reference]] = counts
+        return self._last.copy()
 
 
 def start_group(
@@ -51,7 +89,8 @@ def start_group(
             follower.run.remote(layout, rank, rendezvous.address, options, rank_timeout_s)
             for rank, follower in enumerate(followers, start=1)
         ]
-        group = ShardGroup(World(layout, 0, rendezvous, START_SECONDS, address), rank_timeout_s, on_lost)
+        world = World(layout, 0, rendezvous, START_SECONDS, address)
+        group = ShardGroup(world, rank_timeout_s, on_lost, FollowerCounts(followers))
         threading.Thread(target=_watch, args=(runs, group), name="watch-actors", daemon=True).start()
         logger.info("%d stages of %d ranks on %d hosts", stages, tensor, num_hosts)
         group.load(options)
@@ -74,6 +113,7 @@ def _start_followers(size: int) -> list[Any]:
     return [
         actor.options(
             num_cpus=group.bundle_specs[rank].get("CPU", 0),
+            max_concurrency=2,
             num_gpus=group.bundle_specs[rank].get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
         ).remote()

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.experts.client import ExpertsUnavailable
+from cluster.experts.client import ClientCounts, ExpertsUnavailable
 from cluster.frames import Frame, Kind, receive, send
 from cluster.parallel import World
 from cluster.shard import Shard
@@ -46,10 +46,18 @@ class ShardGroup:
     """The leader's side: what the engine steps, once `load` has returned. `stop` must be called in the end.
 
     rank_timeout_s: how long a rank may give no sign of life. on_lost: called when the group is lost after `load`.
+    follower_counts: what the others' clients of expert servers have counted, by rank.
     """
 
-    def __init__(self, world: World, rank_timeout_s: float, on_lost: OnLost) -> None:
+    def __init__(
+        self,
+        world: World,
+        rank_timeout_s: float,
+        on_lost: OnLost,
+        follower_counts: Callable[[], dict[int, ClientCounts]] = dict,
+    ) -> None:
         self._world, self._rank_timeout_s, self._on_lost = world, rank_timeout_s, on_lost
+        self.follower_counts = follower_counts
         self._turn, self._stopping, self._last = threading.Lock(), threading.Event(), time.monotonic()
         self._losing, self._is_ready, self._reason = threading.Lock(), False, ""
         world.set_deadline(LOADING_SECONDS)

@@ -5,6 +5,9 @@ are gone goes on with zeros and asks nobody any more, and after the step all ran
 computed is for nobody, what it wrote into the KV cache as well.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,17 +19,30 @@ from model.moe import Experts, PendingExperts, Ready
 MESSAGE_BYTES = 512
 
 
+class SharedExperts(Experts, Protocol):
+    """Experts whose rows the ranks divide among themselves, by what each knows of all."""
+
+    def forget(self) -> None:
+        """What it knows: a rank that gave a step up has missed some."""
+
+
 class StepFaults:
     """What has gone wrong on this rank since the ranks agreed last."""
 
     def __init__(self, world: World) -> None:
         self._world, self._is_guarding = world, False
+        self._guarded: list[SharedExperts] = []
         self.fault = ""
 
-    def guard(self, experts: ExpertsOfLayer) -> ExpertsOfLayer:
+    def guard(self, experts: Callable[[int], SharedExperts]) -> ExpertsOfLayer:
         """The same experts, whose failures are noted here instead of raised."""
         self._is_guarding = True
-        return lambda layer: _Guarded(experts(layer), self)
+
+        def of_layer(layer: int) -> Experts:
+            self._guarded.append(experts(layer))
+            return _Guarded(self._guarded[-1], self)
+
+        return of_layer
 
     def agreed(self) -> str:
         """The fault of the first rank that has one, on every rank; empty when none has. A collective operation.
@@ -41,6 +57,8 @@ class StepFaults:
         ranks = world.frames.all_reduce(failed).nonzero().flatten().tolist()
         if not ranks:
             return ""
+        for experts in self._guarded:
+            experts.forget()
         encoded = fault.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES)
         message = world.frames.broadcast(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ranks[0])
         return message.numpy().tobytes().decode(errors="replace").strip()

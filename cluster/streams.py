@@ -37,7 +37,7 @@ class Disconnected(Exception):
 
 
 class Frame(NamedTuple):
-    """header: in the encoding of whoever sent it. Both are bytes, and valid until the next `receive`."""
+    """header: in the encoding of whoever sent it. Both are bytes, and valid until the next `receive` or `feed`."""
 
     header: memoryview
     payload: memoryview

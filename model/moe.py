@@ -37,7 +37,8 @@ class Experts(Protocol):
     def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> PendingExperts:
         """Starts expert `experts_k[i]` on row i. x_kD: [k, D]; experts_k: int64 [k].
 
-        routed_k: experts of all pairs of the step, where other ranks submit the rest; None: these are all.
+        routed_k: experts of all pairs of the step, where other ranks submit the rest, those of an expert together;
+        None: these are all.
         """
 
 

@@ -46,12 +46,13 @@ class ExpertsNotReady(Exception):
 
 @dataclass
 class ClientCounts:
-    """failovers: calls sent to another copy, by the server that did not answer. latency: of answered calls."""
+    """latency: of answered calls, by server. failovers: calls sent to another copy, by the server that did not answer
+    and layer. waits: times that a step found no copy of an expert to ask. epoch: of the table in use."""
 
     latency: dict[str, LatencyCounts]
     failovers: Counter[tuple[str, int]] = field(default_factory=Counter)
     waits: int = 0
-    """Times that a step found no copy of an expert to ask."""
+    epoch: int = 0
 
 
 class ExpertClient:
@@ -72,6 +73,8 @@ class ExpertClient:
         self._calls: dict[int, _Call] = {}
         self._next_id = 1
         self._exchange = Exchange() if fast_path.available() else None
+        self._exchanged: _Exchanged | None = None
+        """What is under way on the fast path."""
         self._seconds_per_row = 0.0
         self.counts = ClientCounts(self._peers.latency)
 
@@ -98,6 +101,11 @@ class ExpertClient:
         """The experts of `layer`."""
         return RemoteExperts(self, layer)
 
+    def snapshot(self) -> ClientCounts:
+        """The counts as they are now, for any thread and process."""
+        epoch = self._peers.table.epoch if self._peers.table else 0
+        return ClientCounts(self.counts.latency.copy(), self.counts.failovers.copy(), self.counts.waits, epoch)
+
     @property
     def table(self) -> RoutingTable | None:
         """The one in use."""
@@ -110,12 +118,13 @@ class ExpertClient:
             raise ExpertsNotReady(f"no expert server has told of layer {layer} yet")
         if self._peers.are_crowding:
             cpu.park(True)
-        balance, lines, exchange = self._peers.balance(layer), self._peers.lines(), self._exchange
-        if exchange and lines and balance.is_whole and exchange.takes(x_kD, experts_k, routed_k):
-            peers, to_them = lines
-            self._next_id = exchange.begin(to_them, balance, layer, x_kD, experts_k, routed_k, self._next_id)
-            self._exchange = None
-            return _Exchanged(self, exchange, peers)
+        if self._exchanged is not None:
+            self._take_over(self._exchanged)
+        balance, exchange = self._peers.balance(layer), self._exchange
+        if exchange and balance.is_whole and exchange.takes(x_kD, experts_k, routed_k) and (to := self._peers.lines()):
+            self._next_id = exchange.begin(to[1], balance, layer, x_kD, experts_k, routed_k, self._next_id)
+            self._exchanged = _Exchanged(self, exchange, to[0])
+            return self._exchanged
         order, segments = balance.deal(experts_k.numpy(), routed_k.numpy())
         pending = PendingRows(self, layer, Rows(x_kD, order))
         for segment in segments:
@@ -166,23 +175,27 @@ class ExpertClient:
         best = [place for place, peer in connected if peer.is_usable] or [place for place, _ in connected]
         return best[expert % len(best)] if best else -1
 
-    def collect(self, exchange: Exchange, peers: list[Peer]) -> Tensor:
-        """[k, D], in the order of submission; peers: by place. Raises ExpertsUnavailable."""
-        exchange.seconds_per_row = self._seconds_per_row
-        is_done = exchange.collect(self._deadline, 4 * self._seconds_per_row)
-        self._seconds_per_row = exchange.seconds_per_row
-        pending = None if is_done else self._take_over(exchange, peers)
-        self._exchange = exchange
-        if pending is not None:
-            return pending.wait()
+    def collect(self, exchanged: "_Exchanged") -> Tensor:
+        """[k, D], in the order of submission. Raises ExpertsUnavailable."""
+        exchange = exchanged.exchange
+        if exchanged.taken_over is None:
+            exchange.seconds_per_row = self._seconds_per_row
+            is_done = exchange.collect(self._deadline, 4 * self._seconds_per_row)
+            self._seconds_per_row = exchange.seconds_per_row
+            if not is_done:
+                self._take_over(exchanged)
+        if exchanged.taken_over is not None:
+            return exchanged.taken_over.wait()
+        self._exchanged = None
         cpu.park(False)
         self._discard_unnamed()
         return exchange.out_kD
 
-    def _take_over(self, exchange: Exchange, peers: list[Peer]) -> "PendingRows":
-        """What is not as usual is none of the fast path's business."""
-        order = exchange.order()
-        pending = PendingRows(self, exchange.layer, Rows(exchange.x_kD, order))
+    def _take_over(self, exchanged: "_Exchanged") -> None:
+        """What is not as usual is none of the fast path's business, nor is a second layer beside the first."""
+        exchange, peers, order = exchanged.exchange, exchanged.peers, exchanged.exchange.order()
+        self._exchanged = None
+        pending = exchanged.taken_over = PendingRows(self, exchange.layer, Rows(exchange.x_kD, order))
         parts = [(part, exchange.segment(part)) for part in exchange.parts()]
         for part, segment in parts:
             if part.answered >= 0:
@@ -190,15 +203,15 @@ class ExpertClient:
             else:
                 call = self._call(part.id, pending, peers[part.server], segment, part.begun, frozenset())
                 self._calls[call.id] = pending.calls[call.id] = call
-        for part, _ in parts:
+        # Rests of frames first: a call that goes to another server must not come between the parts of one.
+        for part, _ in sorted(parts, key=lambda of: not 0 < of[0].sent < of[0].bytes):
             if (under_way := pending.calls.get(part.id)) is not None:
                 self._resume(under_way, part, exchange.lines)
-        return pending
 
     def _resume(self, call: "_Call", part: Part, lines: Lines) -> None:
         try:
             if part.is_lost:
-                raise Disconnected("the other end closed the connection")
+                raise Disconnected("it is gone or hung up")
             if part.sent < part.bytes:
                 self._peers.send(call.peer, call.header(), call.pending.rows.part(call.segment), part.sent)
             for frame in lines.received(part):
@@ -216,6 +229,9 @@ class ExpertClient:
                 del self._calls[id]
             pending.calls.clear()
             self._discard_unnamed()
+
+    def forget(self, layer: int) -> None:
+        self._peers.forget(layer)
 
     def _discard_unnamed(self) -> None:
         self._peers.discard_unnamed(call.peer for call in self._calls.values())
@@ -318,19 +334,28 @@ class RemoteExperts:
         self._client, self._layer = client, layer
 
     def submit(self, x_kD: Tensor, experts_k: Tensor, routed_k: Tensor | None = None) -> PendingExperts:
-        """x_kD: bfloat16 or float32 [k, D] on the CPU; experts_k: int64 [k]; routed_k: int64 [any]."""
+        """x_kD: bfloat16 or float32 [k, D] on the CPU, not to be changed before `wait` returns; experts_k: int64 [k];
+        routed_k: int64 [any], which has all of an expert's rows that are in experts_k, and no more of those."""
         return self._client.submit(self._layer, x_kD, experts_k, experts_k if routed_k is None else routed_k)
+
+    def forget(self) -> None:
+        """What was given to whom. Ranks that share this layer's rows do so together when one has missed some."""
+        self._client.forget(self._layer)
 
 
 class _Exchanged:
-    """Rows of one layer on the fast path."""
+    """Rows of one layer on the fast path, to be waited for once; `taken_over`: where they are, once they have left it.
+
+    peers: by place.
+    """
 
     def __init__(self, client: ExpertClient, exchange: Exchange, peers: list[Peer]) -> None:
-        self._client, self._exchange, self._peers = client, exchange, peers
+        self._client, self.exchange, self.peers = client, exchange, peers
+        self.taken_over: PendingRows | None = None
 
     def wait(self) -> Tensor:
         """[k, D], in the order of submission. Raises ExpertsUnavailable."""
-        return self._client.collect(self._exchange, self._peers)
+        return self._client.collect(self)
 
 
 class PendingRows:

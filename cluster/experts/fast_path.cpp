@@ -25,6 +25,7 @@ constexpr uint32_t kMagic = 0x3159524d;  // "MRY1"
 constexpr uint32_t kCall = 1, kReply = 2;
 constexpr int64_t kAlign = 16;
 constexpr double kNever = -1.0;
+constexpr double kLongest = 1e6;  // seconds; what claims to have taken longer is no answer
 
 struct Prefix {
   uint32_t magic, header_bytes;
@@ -43,7 +44,9 @@ struct ReplyHeader {
   double seconds;
 };
 
-int64_t padding(int64_t bytes) { return -bytes & (kAlign - 1); }
+constexpr int64_t padding(int64_t bytes) { return -bytes & (kAlign - 1); }
+
+constexpr int64_t kReplyHead = sizeof(Prefix) + sizeof(ReplyHeader) + padding(sizeof(ReplyHeader));
 
 double now() {
   timespec t;
@@ -60,23 +63,25 @@ int64_t send_now(int fd, iovec* parts, size_t count) {
   return sent < 0 && (errno == EAGAIN || errno == EINTR) ? 0 : sent;
 }
 
-// Appends to the `received` bytes of `buffer` what is there until they are one frame, or nothing more is there.
-// Returns whether they are one, and no more than that. -1 in `received`: the connection is of no more use.
-bool receive_frame(int fd, char* buffer, int64_t capacity, int64_t& received) {
+// kUnusual: more than one frame, none at all, one that is too large, or, with -1 received, the end of the connection.
+enum class Received { kFrame, kUnfinished, kUnusual };
+
+// Appends to the `received` bytes of `buffer` what is there, until they are one frame or nothing more is there.
+Received receive_frame(int fd, char* buffer, int64_t capacity, int64_t& received) {
   while (true) {
     if (received >= int64_t(sizeof(Prefix))) {
       Prefix prefix;
       std::memcpy(&prefix, buffer, sizeof prefix);
       if (prefix.magic != kMagic || prefix.header_bytes > uint64_t(capacity) || prefix.payload_bytes > uint64_t(capacity))
-        return false;
+        return Received::kUnusual;
       const int64_t bytes = sizeof(Prefix) + prefix.header_bytes + padding(prefix.header_bytes) + prefix.payload_bytes;
-      if (received >= bytes) return received == bytes;
+      if (received >= bytes) return received == bytes ? Received::kFrame : Received::kUnusual;
     }
-    if (received == capacity) return false;
+    if (received == capacity) return Received::kUnusual;
     const ssize_t read = recv(fd, buffer + received, capacity - received, MSG_DONTWAIT);
     if (read > 0) received += read;
-    else if (read < 0 && (errno == EAGAIN || errno == EINTR)) return false;
-    else return received = -1, false;
+    else if (read < 0 && (errno == EAGAIN || errno == EINTR)) return Received::kUnfinished;
+    else return received = -1, Received::kUnusual;
   }
 }
 
@@ -124,7 +129,7 @@ struct Line {
 };
 
 // routes.Balance.deal, to the bit: other ranks of a group may run that. experts: of each of k rows; routed: of the n
-// rows of all ranks. The order sorts rows by server and expert.
+// rows of all ranks, among which an expert's are all here or all elsewhere. The order sorts rows by server and expert.
 void moray_deal(const Balance* balance, const int64_t* experts, int64_t k, const int64_t* routed, int64_t n,
                 Exchange* exchange) {
   const int64_t num_experts = balance->experts;
@@ -227,23 +232,29 @@ int moray_collect(Exchange* exchange, const Line* lines, char* out, int64_t row_
       due = std::min(due, part.begun + deadline + per_row * double(part.stop - part.start));
     }
     if (waiting.empty()) return true;
-    const double left = due - now();
-    if (left <= 0.0) return false;
+    const double left = std::min(due - now(), 1.0);
+    if (!(left > 0.0)) return false;
     const timespec timeout{time_t(left), long(1e9 * (left - double(time_t(left))))};
-    if (ppoll(waiting.data(), waiting.size(), &timeout, nullptr) <= 0) continue;
+    const int ready = ppoll(waiting.data(), waiting.size(), &timeout, nullptr);
+    if (ready < 0 && errno != EINTR) return false;
+    if (ready <= 0) continue;
     size_t w = 0;
     for (int64_t p = 0; p < exchange->num_parts; ++p) {
       Part& part = exchange->parts[p];
       if (part.answered != kNever || !waiting[w++].revents) continue;
       const Line& line = lines[part.server];
-      const bool is_frame = receive_frame(int(line.fd), line.buffer, line.capacity, part.received);
+      const Received received = receive_frame(int(line.fd), line.buffer, line.capacity, part.received);
+      if (received == Received::kUnfinished) continue;
+      if (received == Received::kUnusual || part.received < kReplyHead) return false;
+      Prefix prefix;
+      ReplyHeader reply;
+      std::memcpy(&prefix, line.buffer, sizeof prefix);
+      std::memcpy(&reply, line.buffer + sizeof prefix, sizeof reply);
       const int64_t rows = part.stop - part.start;
-      const int64_t bytes = sizeof(Prefix) + sizeof(ReplyHeader) + padding(sizeof(ReplyHeader)) + rows * row_bytes;
-      if (!is_frame && part.received >= 0 && part.received < bytes) continue;  // the rest is under way
-      ReplyHeader reply{};
-      if (is_frame && part.received == bytes) std::memcpy(&reply, line.buffer + sizeof(Prefix), sizeof reply);
-      if (reply.kind != kReply || reply.id != part.id) return false;
-      const char* row = line.buffer + bytes - rows * row_bytes;
+      if (prefix.header_bytes != sizeof reply || prefix.payload_bytes != uint64_t(rows * row_bytes) ||
+          reply.kind != kReply || reply.id != part.id || !(reply.seconds >= 0.0 && reply.seconds < kLongest))
+        return false;
+      const char* row = line.buffer + kReplyHead;
       for (int64_t i = part.start; i < part.stop; ++i, row += row_bytes)
         std::memcpy(out + exchange->order[i] * row_bytes, row, row_bytes);
       part.received = 0;
@@ -281,9 +292,9 @@ void moray_answer(int fd, const Held* held, Answer* answer) {
   static thread_local std::vector<const void*> w13, w2;
   static thread_local std::vector<int64_t> counts, units;
   *answer = {0, 0, 0, 0.0};
-  const bool is_frame = receive_frame(fd, held->buffer, held->capacity, answer->received);
+  const Received received = receive_frame(fd, held->buffer, held->capacity, answer->received);
   answer->received = std::max<int64_t>(answer->received, 0);
-  if (!is_frame) return;
+  if (received != Received::kFrame) return;
   Prefix prefix;
   CallHeader call{};
   std::memcpy(&prefix, held->buffer, sizeof prefix);
@@ -297,25 +308,26 @@ void moray_answer(int fd, const Held* held, Answer* answer) {
     uint32_t pair[2];
     std::memcpy(pair, held->buffer + sizeof prefix + sizeof call + 8 * i, sizeof pair);
     const int64_t unit = call.layer * held->experts + pair[0];
-    if (pair[0] >= held->experts || !held->w13[unit] || !pair[1]) return;
+    if (pair[0] >= held->experts || !held->w13[unit] || !held->w2[unit] || !pair[1]) return;
     w13.push_back(held->w13[unit]), w2.push_back(held->w2[unit]), counts.push_back(pair[1]), units.push_back(unit);
     rows += pair[1];
   }
   const int64_t payload = sizeof prefix + prefix.header_bytes + padding(prefix.header_bytes);
-  const int64_t head = sizeof prefix + sizeof(ReplyHeader) + padding(sizeof(ReplyHeader));
-  if (rows * held->dim * 2 != int64_t(prefix.payload_bytes) || head + int64_t(prefix.payload_bytes) > held->capacity) return;
+  if (rows * held->dim * 2 != int64_t(prefix.payload_bytes) ||
+      kReplyHead + int64_t(prefix.payload_bytes) > held->capacity)
+    return;
   const double begun = now();
   held->swiglus(held->buffer + payload, w13.data(), w2.data(), counts.data(), call.pieces, held->hidden_rows,
-                held->reply + head, held->dim, held->hidden);
+                held->reply + kReplyHead, held->dim, held->hidden);
   for (size_t i = 0; i < units.size(); ++i) held->rows[units[i]] += counts[i];
   answer->seconds = now() - begun;
   const Prefix reply_prefix{kMagic, sizeof(ReplyHeader), prefix.payload_bytes};
   const ReplyHeader reply{kReply, 0, call.id, answer->seconds};
-  std::memset(held->reply, 0, head);
+  std::memset(held->reply, 0, kReplyHead);
   std::memcpy(held->reply, &reply_prefix, sizeof reply_prefix);
   std::memcpy(held->reply + sizeof reply_prefix, &reply, sizeof reply);
   answer->received = 0;
-  answer->bytes = head + int64_t(prefix.payload_bytes);
+  answer->bytes = kReplyHead + int64_t(prefix.payload_bytes);
   iovec frame{held->reply, size_t(answer->bytes)};
   answer->sent = send_now(fd, &frame, 1);
 }

@@ -29,6 +29,7 @@ CAPACITY = 1 << 17
 MAX_ROWS = 512
 """Of a layer: a frame is sent from as many places in memory."""
 
+_DTYPES = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 _int, _int64, _float64, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -210,9 +211,6 @@ class Exchange:
         return ctypes.addressof(self._balances[layer][1])
 
 
-_DTYPES = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
-
-
 class Answering:
     """Of calls for packed experts."""
 
@@ -229,15 +227,17 @@ class Answering:
         self._answer = _Answer()
         self._addresses = ctypes.addressof(self._held), ctypes.addressof(self._answer)
 
-    def answer(self, connection: Connection) -> tuple[float, list[Frame]]:
-        """Answers a call that has come over an idle connection: seconds that it took, 0 when there was none to answer.
+    def answer(self, connection: Connection) -> float | list[Frame]:
+        """Answers the call that has come over an idle connection: the seconds that it took.
 
-        Returns also frames that are left to others. Raises Disconnected.
+        Returns frames where they are no such call, none when nothing whole has come. Raises Disconnected.
         """
         with self._experts.lock:
             _library().moray_answer(connection.fileno(), *self._addresses)
         buffer, reply = map(memory, self._buffers)
         answer = self._answer
+        if not answer.bytes:
+            return connection.feed(buffer[: answer.received]) if answer.received else connection.receive()
         if answer.sent < answer.bytes:
             connection.queue(memoryview(bytes(reply[max(answer.sent, 0) : answer.bytes])))
-        return answer.seconds, connection.feed(buffer[: answer.received]) if answer.received else []
+        return float(answer.seconds)

@@ -91,7 +91,7 @@ class Membership:
             await asyncio.sleep(max(0.0, begun + HEARTBEAT_SECONDS - time.monotonic()))
 
     async def _report(self) -> Assignment:
-        now = self._server.rows.copy()
+        now = self._server.rows
         rows = {unit: count - self._reported[unit] for unit, count in now.items() if count > self._reported[unit]}
         report = Report(self._server.address, self._experts.units, rows, self._max_units, self._is_leaving)
         assignment = await self._directory.report(report)

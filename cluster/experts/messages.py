@@ -13,6 +13,8 @@ from cluster.streams import Disconnected
 
 DTYPES: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
 REASONS: tuple[Literal["not_held", "invalid", "failed"], ...] = ("not_held", "invalid", "failed")
+LONGEST_SECONDS = 1e6
+"""What claims to have taken longer is no answer."""
 _START = struct.Struct("<IIq")
 _CALL, _REPLY, _REFUSAL = 1, 2, 3
 _CALL_REST, _PIECE, _REPLY_REST = struct.Struct("<II"), struct.Struct("<II"), struct.Struct("<d")
@@ -89,6 +91,9 @@ def decode_answer(header: bytes | memoryview) -> Reply | Refusal:
             return Refusal(id, REASONS[number], str(header[_START.size :], "utf-8"))
         if kind != _REPLY:
             raise ValueError(f"kind {kind}")
-        return Reply(id, *_REPLY_REST.unpack(header[_START.size :]))
+        (seconds,) = _REPLY_REST.unpack(header[_START.size :])
+        if not 0 <= seconds < LONGEST_SECONDS:
+            raise ValueError(f"it took {seconds} s")
+        return Reply(id, seconds)
     except (ValueError, IndexError, struct.error) as error:
         raise Disconnected(f"it sent what is no answer: {error}") from error

@@ -90,6 +90,11 @@ class Peers:
             self._current.add(layer)
         return self._balances[layer]
 
+    def forget(self, layer: int) -> None:
+        """What servers were given of it."""
+        if layer in self._balances:
+            self._balances[layer].start_anew()
+
     def lines(self) -> tuple[list[Peer], Lines] | None:
         """To every server of the table, by place, if all of them answer and nothing is under way there."""
         if self._lines is None and self.table is not None and all(self._usable()):

@@ -78,6 +78,12 @@ class Balance:
     def num_experts(self) -> int:
         return len(self.first) - 1
 
+    def start_anew(self) -> None:
+        """As if nothing had been dealt."""
+        self.deals[0] = 0
+        for server in range(len(self.given)):
+            self.given[server] = 0.0
+
     def forget(self) -> None:
         """Places are other servers from now on."""
         self.given = array("d")

@@ -199,14 +199,14 @@ class ExpertServer:
             self._hang_up(connection.fileno())
 
     def _answer_fast(self, connection: Connection) -> list[Frame]:
-        """Answers one call, if it is as usual. Returns frames that are not, or come after it."""
+        """Answers one call, if it is as usual. Returns frames that are not."""
         if self._fast is None or not connection.is_idle:
             return connection.receive()
-        seconds, frames = self._fast.answer(connection)
-        if not seconds:
-            return frames or connection.receive()
-        self._count(seconds)
-        return frames
+        answered = self._fast.answer(connection)
+        if isinstance(answered, list):
+            return answered
+        self._count(answered)
+        return []
 
     def _count(self, seconds: float) -> None:
         self.calls += 1

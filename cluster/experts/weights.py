@@ -33,7 +33,7 @@ class HeldExperts:
         self.rows = np.zeros(shape, np.int64)
         """[layers, experts], those computed so far."""
         self.addresses = np.zeros(shape, np.uintp), np.zeros(shape, np.uintp)
-        """Of packed weights (gate and up, down), [layers, experts], 0: not held. Read and used with `lock` held."""
+        """Of packed weights (gate and up, down), [layers, experts], 0: not held. To be used with `lock` held."""
         self.lock = threading.Lock()
         self.are_packed = packed = can_pack_experts(args, dtype)
         self._prepare: Callable[[ExpertWeights], Any] = _pack if packed else _keep
@@ -52,14 +52,16 @@ class HeldExperts:
 
     def load(self, unit: Unit) -> None:
         """Raises CheckpointError."""
-        self._experts[unit] = weights = self._prepare(self._checkpoint.read_expert(*unit, dtype=self.dtype))
-        if self.are_packed:
-            self.addresses[0][unit], self.addresses[1][unit] = weights.w13.address, weights.w2.address
+        weights = self._prepare(self._checkpoint.read_expert(*unit, dtype=self.dtype))
+        with self.lock:
+            self._experts[unit] = weights
+            if self.are_packed:
+                self.addresses[0][unit], self.addresses[1][unit] = weights.w13.address, weights.w2.address
 
     def drop(self, unit: Unit) -> None:
         with self.lock:
             self.addresses[0][unit] = self.addresses[1][unit] = 0
-        self._experts.pop(unit, None)
+            self._experts.pop(unit, None)
 
     def compute(self, layer: int, experts: Sequence[int], counts: Sequence[int], x: Tensor) -> Tensor:
         """x: [rows, dim], `counts[i]` rows for each of `experts` in turn -> like x. Raises NotHeld."""

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import functools
 import gc
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from cluster.experts.client import ClientCounts, ExpertClient
 from cluster.ranks import start_group
 from cluster.shard import Shard
 from cluster.shard_group import ShardGroup
@@ -75,7 +77,8 @@ class Engine:
         self._replica, self._scheduler = this_replica(), scheduler
         self._metrics = EngineMetrics(config.id, self._replica["replica_id"], scheduler)
         if experts is not None and experts.client is not None:
-            self._metrics.registry.register(ClientCollector(experts.client, config.id, self._metrics.engine))
+            counts = functools.partial(_expert_counts, experts.client, self._shard)
+            self._metrics.registry.register(ClientCollector(counts, config.id, self._metrics.engine))
         self._loop = StepLoop(
             self._shard, scheduler, self._metrics, engine.max_waiting_requests,
             self._description.vision, engine.image_cache_memory,
@@ -147,6 +150,12 @@ def _experts(config: ModelConfig, directory: DeploymentHandle | None) -> RemoteE
     if directory is None or config.experts is None:
         return None
     return RemoteExperts(DirectoryHandle(directory), config.experts)
+
+
+def _expert_counts(client: ExpertClient, shard: Shard | ShardGroup) -> dict[int, ClientCounts]:
+    """By rank."""
+    others = shard.follower_counts() if isinstance(shard, ShardGroup) else {}
+    return {0: client.snapshot(), **others}
 
 
 def _load(config: ModelConfig, experts: RemoteExperts | None) -> Shard | ShardGroup:

@@ -1,12 +1,12 @@
 """Metrics of experts: counters that servers, clients and the directory keep anyway, read when somebody asks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.experts.client import ExpertClient
+from cluster.experts.client import ClientCounts
 from cluster.experts.directory import Directory
 from cluster.experts.latency import BUCKETS
 from cluster.experts.server import ExpertServer
@@ -23,7 +23,7 @@ class ServerCollector(Collector):
         tokens = CounterMetricFamily(
             "moray:expert_tokens", "Rows computed.", labels=("model_name", "server", "layer", "expert")
         )
-        for (layer, expert), rows in sorted(self._server.rows.copy().items()):
+        for (layer, expert), rows in sorted(self._server.rows.items()):
             tokens.add_metric((*self._labels, str(layer), str(expert)), rows)
         yield tokens
         labels = ("model_name", "server")
@@ -40,36 +40,39 @@ class ServerCollector(Collector):
 
 
 class ClientCollector(Collector):
-    """Of an engine that uses expert servers."""
+    """Of an engine that uses expert servers. counts: of every rank."""
 
-    def __init__(self, client: ExpertClient, model: str, engine: str) -> None:
-        self._client, self._labels = client, (model, engine)
+    def __init__(self, counts: Callable[[], dict[int, ClientCounts]], model: str, engine: str) -> None:
+        self._counts, self._labels = counts, (model, engine)
 
     def collect(self) -> Iterator[Metric]:
-        labels, counts = ("model_name", "engine"), self._client.counts
+        labels, ranks = ("model_name", "engine", "rank"), self._counts()
         failovers = CounterMetricFamily(
             "moray:expert_failovers", "Calls that went to another copy, by the server that did not answer.",
             labels=(*labels, "server", "layer"),
         )  # fmt: skip
-        for (server, layer), count in sorted(counts.failovers.copy().items()):
-            failovers.add_metric((*self._labels, server, str(layer)), count)
+        for rank, counts in ranks.items():
+            for (server, layer), count in sorted(counts.failovers.items()):
+                failovers.add_metric((*self._labels, str(rank), server, str(layer)), count)
         yield failovers
         waits = CounterMetricFamily(
             "moray:expert_waits", "Times that a step waited since no copy of an expert answered.", labels=labels
         )
-        waits.add_metric(self._labels, counts.waits)
+        for rank, counts in ranks.items():
+            waits.add_metric((*self._labels, str(rank)), counts.waits)
         yield waits
         trips = HistogramMetricFamily(
             "moray:expert_round_trip_seconds", "From a call to its answer.", labels=(*labels, "server")
         )
         names = [*map(str, BUCKETS), "+Inf"]
-        for server, latency in sorted(counts.latency.copy().items()):
-            buckets = list(zip(names, accumulate(latency.counts), strict=True))
-            trips.add_metric((*self._labels, server), buckets, latency.sum)
+        for rank, counts in ranks.items():
+            for server, latency in sorted(counts.latency.items()):
+                buckets = list(zip(names, accumulate(latency.counts), strict=True))
+                trips.add_metric((*self._labels, str(rank), server), buckets, latency.sum)
         yield trips
-        table = self._client.table
         epoch = GaugeMetricFamily("moray:expert_table_epoch", "Of the routing table in use.", labels=labels)
-        epoch.add_metric(self._labels, table.epoch if table else 0)
+        for rank, counts in ranks.items():
+            epoch.add_metric((*self._labels, str(rank)), counts.epoch)
         yield epoch
 
 

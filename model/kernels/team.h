@@ -87,6 +87,7 @@ class Team {
 
   // For any other that this thread may use. The kernel wakes a thread where it ran last, and on few CPUs may leave it
   // there for milliseconds, taking turns with the caller, while another CPU is idle.
+  // CPUs that the process is given in between are lost to this thread.
   static void leave_cpu() {
     cpu_set_t all, others;
     if (sched_getaffinity(0, sizeof all, &all)) return;

@@ -191,6 +191,9 @@ class WholeExperts:
         outputs = [self.held.compute(self.layer, [expert], [1], x[None]) for x, expert in rows]
         return Ready(torch.cat(outputs) if outputs else x_kD)
 
+    def forget(self) -> None:
+        self.has_forgotten = True
+
 
 def whole_experts(path: str) -> ExpertsOfLayer:
     checkpoint = open_checkpoint(path)

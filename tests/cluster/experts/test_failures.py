@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from cluster.experts.client import ExpertClient, ExpertsUnavailable
+from cluster.experts import fast_path
+from cluster.experts.client import ExpertClient, ExpertsUnavailable, _Exchanged
 from cluster.experts.weights import HeldExperts
 from cluster.streams import Disconnected, connect
 from model.checkpoint import open_checkpoint
@@ -64,6 +65,7 @@ def traffic(cluster, moe_folder):
 
 
 def test_servers_compute_the_same_bits_whichever_they_are(cluster, traffic):
+    assert isinstance(traffic.experts.submit(traffic.x, traffic.chosen), _Exchanged) == fast_path.available()
     for _ in range(50):
         traffic.step()
     table = cluster.table()

@@ -14,15 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.experts import fast_path
-from cluster.experts.fast_path import CAPACITY, MAX_ROWS, Exchange, Lines
+from cluster.experts.client import ExpertClient, _Exchanged
+from cluster.experts.fast_path import CAPACITY, MAX_ROWS, Answering, Exchange, Lines, Part
 from cluster.experts.latency import LatencyCounts
 from cluster.experts.messages import Call, Refusal, Reply, decode_answer, decode_call
 from cluster.experts.routes import Balance
 from cluster.experts.server import ExpertServer
-from cluster.experts.table import Copy
+from cluster.experts.table import Copy, RoutingTable, ServerAddress
 from cluster.experts.weights import HeldExperts
 from cluster.streams import Connection, Disconnected, Frame, connect, frame_head, memory
 from model.checkpoint import open_checkpoint
+from tests.cluster.experts.test_client import OneTable
 
 pytestmark = pytest.mark.skipif(not fast_path.available(), reason="needs a C++ compiler")
 
@@ -224,3 +226,102 @@ def test_a_server_refuses_what_it_cannot_answer(server, experts, counts, rows, r
         refusal = decode_answer(answer.header)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == reason
+
+
+def test_an_answer_that_the_socket_does_not_take_is_queued(server):
+    """As of a client that does not read."""
+    x = torch.randn(6, server._experts.dim).bfloat16()
+    client, stream = socket.socketpair()
+    connection, call = Connection(stream), call_of(x, [0, 2], [2, 4])
+    answering, expected = Answering(server._experts), server._experts.compute(1, [0, 2], [2, 4], x)
+    count = 0
+    while not connection.is_sending:
+        client.send(call)
+        assert isinstance(answering.answer(connection), float)
+        count += 1
+    reader, answers = Connection(client), []
+    while len(answers) < count:
+        answers += [bytes(frame.payload) for frame in reader.receive()]
+        connection.flush()
+    assert answers == [bytes(memory(expected))] * count
+    reader.close()
+    connection.close()
+
+
+class Sockets:
+    """A client of expert servers whose ends the test holds. Expert 0 is on both servers, 1 and 2 on one each."""
+
+    def __init__(self) -> None:
+        table = RoutingTable(1, tuple(ServerAddress(name, "", "", "", b"") for name in "ab"), {7: COPIES})
+        self.client = ExpertClient(OneTable(table), "127.0.0.1", deadline=1.0)
+        self.ends: list[Connection] = []
+        self.client._peers._adopt_table(table)
+        for name in "ab":
+            ours, theirs = socket.socketpair()
+            self.client._peers._adopt_connection(name, Connection(ours))
+            self.ends.append(Connection(theirs))
+
+    def answer(self, end: Connection) -> None:
+        """Every call with its own rows, until the connection is closed."""
+        with suppress(Disconnected):
+            while select.select([end], [], [], 5)[0]:
+                for frame in end.receive():
+                    end.send(Reply(decode_call(frame.header).id, 0.001).encode(), memoryview(bytes(frame.payload)))
+
+    def close(self) -> None:
+        self.client.close()
+        for end in self.ends:
+            end.close()
+
+
+COPIES = ((Copy(0, 0.5), Copy(1, 0.5)), (Copy(0, 1.0),), (Copy(1, 1.0),))
+
+
+@pytest.fixture
+def sockets() -> Iterator[Sockets]:
+    sockets = Sockets()
+    yield sockets
+    sockets.close()
+
+
+def test_a_call_that_goes_elsewhere_does_not_come_between_the_halves_of_another(sockets):
+    """The first server is gone, and the second's socket took a part of its frame."""
+    second = sockets.client._peers.at(1).connection
+    second._stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sockets.ends[0].close()
+    x, experts = torch.randn(8, 512), torch.tensor([0, 0, 2, 2, 2, 2, 2, 2])
+    pending = sockets.client.layer(7).submit(x, experts)
+    assert isinstance(pending, _Exchanged)
+    assert [0 < part.sent < part.bytes for part in pending.exchange.parts()] == [False, True]
+    threading.Thread(target=sockets.answer, args=[sockets.ends[1]], daemon=True).start()
+    assert torch.equal(pending.wait(), x)
+    assert second._stream.fileno() >= 0, "the second server is connected still"
+
+
+def test_two_layers_under_way_and_one_that_nobody_waits_for(sockets):
+    for end in sockets.ends:
+        threading.Thread(target=sockets.answer, args=[end], daemon=True).start()
+    experts, layer = torch.tensor([1, 2]), sockets.client.layer(7)
+    first, second, third = (torch.randn(2, 5) for _ in range(3))
+    pending = [layer.submit(first, experts), layer.submit(second, experts)]
+    assert torch.equal(pending[1].wait(), second)
+    assert torch.equal(pending[0].wait(), first)
+    layer.submit(second, experts)
+    assert torch.equal(layer.submit(third, experts).wait(), third)
+    last = layer.submit(first, experts)
+    assert isinstance(last, _Exchanged), "the fast path is back"
+    assert torch.equal(last.wait(), first)
+    assert sockets.client.counts.failovers.total() == 0
+
+
+def test_bytes_that_are_no_frame_end_the_wait_at_once(pair):
+    pair.begin(torch.zeros(2, 512))
+    pair.sockets[0].send(b"junk" * 10)  # less than the answer would be
+    begun = time.thread_time()
+    assert not pair.exchange.collect(5.0, 0.0)
+    assert time.thread_time() - begun < 1.0
+
+
+def test_memory_is_laid_out_as_in_c():
+    fields = len(Part.__annotations__)
+    assert fast_path._PART.itemsize == 8 * fields == 96
