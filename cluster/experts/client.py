@@ -170,7 +170,7 @@ class ExpertClient:
         """A server (its place in the table) that holds the expert and answers, else one that is connected, else -1."""
         table = self._peers.table
         assert table is not None
-        holders = [(copy.server, self._peers.at(copy.server)) for copy in table.layers[layer][expert]]
+        holders = [(place, self._peers.at(place)) for place in table.layers[layer][expert]]
         connected = [(place, peer) for place, peer in holders if peer.connection is not None and peer.id not in tried]
         best = [place for place, peer in connected if peer.is_usable] or [place for place, _ in connected]
         return best[expert % len(best)] if best else -1
@@ -277,7 +277,7 @@ class ExpertClient:
         experts = sorted({e for segment in segments if pending.rows.lack(segment) for e in segment.experts})
         table = self._peers.table
         assert table is not None
-        named = {copy.server for expert in experts for copy in table.layers[pending.layer][expert]}
+        named = {place for expert in experts for place in table.layers[pending.layer][expert]}
         servers = ", ".join(sorted(table.servers[server].id for server in named))
         who = f"servers {servers} are silent or gone" if named else "no server holds them"
         return f"experts {experts} of layer {pending.layer} did not answer for {seconds:.0f} s: {who}"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.experts.placement import Held, Server, imbalance, place, share
-from cluster.experts.table import Assignment, Copy, Report, RoutingTable, ServerAddress, Unit
+from cluster.experts.table import Assignment, Report, RoutingTable, ServerAddress, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -146,14 +146,15 @@ class Directory:
         table = self._table
         if table is None:
             return {}
-        return {(layer, e): len(copies) for layer, experts in table.layers.items() for e, copies in enumerate(experts)}
+        layers = table.layers.items()
+        return {(layer, e): len(holders) for layer, experts in layers for e, holders in enumerate(experts)}
 
     def named(self) -> dict[str, int]:
         """For how many experts the table names a server; those that it asks for none are left out."""
         table = self._table
         if table is None:
             return {}
-        of_all = Counter(copy.server for experts in table.layers.values() for copies in experts for copy in copies)
+        of_all = Counter(place for experts in table.layers.values() for holders in experts for place in holders)
         return {table.servers[column].id: count for column, count in of_all.items()}
 
     def members(self) -> dict[str, tuple[ServerAddress, int, int, bool]]:
@@ -183,14 +184,13 @@ class Directory:
 
     def _is_uneven(self, layer: int) -> bool:
         assert self._table is not None
-        loads, shape = self._loads[layer], (self._num_experts, len(self._table.servers))
-        holds, parts = np.zeros(shape, np.bool_), np.zeros(shape)
+        loads = self._loads[layer]
         if loads.mean() < FEWEST_ROWS:
             return False
-        for expert, copies in enumerate(self._table.layers[layer]):
-            for copy in copies:
-                holds[expert, copy.server], parts[expert, copy.server] = True, copy.share
-        return imbalance(share(loads, holds, loads[:, None] * parts).sum(0)) > UNEVEN
+        holds = np.zeros((self._num_experts, len(self._table.servers)), np.bool_)
+        for expert, holders in enumerate(self._table.layers[layer]):
+            holds[expert, list(holders)] = True
+        return imbalance(share(loads, holds).sum(0)) > UNEVEN
 
     def _certain(self, layer: int) -> NDArray[np.float64]:
         """Load of the layer's experts, taken to be alike as far as little has been seen of them."""
@@ -229,7 +229,7 @@ class Directory:
         """
         self._is_outdated = False
         members = list(self._members.values())
-        layers = {layer: self._copies_of(layer, members) for layer in self._layers}
+        layers = {layer: self._holders_of(layer, members) for layer in self._layers}
         servers = tuple(member.address for member in members)
         table = self._table
         if table is not None and (table.servers, table.layers) == (servers, layers):
@@ -240,12 +240,12 @@ class Directory:
             member.named = frozenset(
                 (layer, e)
                 for layer, experts in layers.items()
-                for e, copies in enumerate(experts)
-                if any(copy.server == column for copy in copies)
+                for e, holders in enumerate(experts)
+                if column in holders
             )
 
-    def _copies_of(self, layer: int, members: Sequence[_Member]) -> tuple[tuple[Copy, ...], ...]:
-        holds = np.zeros((self._num_experts, len(members)), np.bool_)
+    def _holders_of(self, layer: int, members: Sequence[_Member]) -> tuple[tuple[int, ...], ...]:
+        holders: list[tuple[int, ...]] = []
         for expert in range(self._num_experts):
             unit = (layer, expert)
             there = [column for column, member in enumerate(members) if unit in member.holds]
@@ -253,10 +253,5 @@ class Directory:
             # What leaves is named only until those that are to hold the expert do, however few they are.
             wanted = max(1, min(self._copies, sum(unit in member.hold for member in members)))
             others = sorted(set(there) - set(meant), key=lambda column: (members[column].is_leaving, column))
-            holds[expert, meant + others[: max(0, wanted - len(meant))]] = True
-        loads = np.maximum(self._certain(layer), 1e-3)
-        parts: NDArray[np.float64] = share(loads, holds) / loads[:, None]
-        return tuple(
-            tuple(Copy(int(column), round(float(parts[expert, column]), 3)) for column in np.flatnonzero(row))
-            for expert, row in enumerate(holds)
-        )
+            holders.append(tuple(sorted(meant + others[: max(0, wanted - len(meant))])))
+        return tuple(holders)

@@ -196,7 +196,7 @@ class Peers:
             return f"{len(missing)} experts are on no server yet"
         usable = self._usable()
         layers = self.table.layers.values()
-        unserved = sum(not any(usable[copy.server] for copy in copies) for experts in layers for copies in experts)
+        unserved = sum(not any(usable[place] for place in holders) for experts in layers for holders in experts)
         silent = [server.id for server, is_usable in zip(self.table.servers, usable, strict=True) if not is_usable]
         return f"{unserved} experts are only on servers that do not answer: {', '.join(silent)}" if unserved else ""
 

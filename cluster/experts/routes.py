@@ -17,8 +17,6 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.experts.table import Copy
-
 ROWS_TOGETHER = 32
 """Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
 KEEP = 0.98
@@ -54,14 +52,14 @@ class Segment:
 class Balance:
     """Deals the rows of one layer to servers.
 
-    copies: of each expert; usable: whether a server is, by place; before: the balance that this one replaces, of the
-    same servers unless it was told to `forget`: what they were given still counts.
+    holders: places of each expert's servers; usable: whether a server is, by place; before: the balance that this one
+    replaces, of the same servers unless it was told to `forget`: what they were given still counts.
     """
 
     def __init__(
-        self, copies: Sequence[Sequence[Copy]], usable: Sequence[bool], before: "Balance | None" = None
+        self, holders: Sequence[Sequence[int]], usable: Sequence[bool], before: "Balance | None" = None
     ) -> None:
-        servers = [[copy.server for copy in of if usable[copy.server]] or [-1] for of in copies]
+        servers = [[server for server in of if usable[server]] or [-1] for of in holders]
         self.is_whole = all(of[0] >= 0 for of in servers)
         """Whether every expert has a server."""
         self.first = array("q", [0, *accumulate(map(len, servers))])

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 Unit = tuple[int, int]
 """A layer and an expert of it, both from 0."""
@@ -23,28 +23,24 @@ class ServerAddress:
         return self.unix if host == self.host else self.tcp
 
 
-class Copy(NamedTuple):
-    """One copy of an expert: the server's place in `RoutingTable.servers`, and its part of the rows if all are even."""
-
-    server: int
-    share: float
-
-
 @dataclass(frozen=True)
 class RoutingTable:
-    """layers: layer -> the copies of each of its experts. A directory's later table has a larger epoch."""
+    """layers: layer -> of each of its experts the places in `servers` of those that hold it.
+
+    A directory's later table has a larger epoch.
+    """
 
     epoch: int
     servers: tuple[ServerAddress, ...]
-    layers: Mapping[int, tuple[tuple[Copy, ...], ...]]
+    layers: Mapping[int, tuple[tuple[int, ...], ...]]
 
     def missing(self) -> list[Unit]:
         """Experts that no server holds."""
         return [
             (layer, expert)
             for layer, experts in self.layers.items()
-            for expert, copies in enumerate(experts)
-            if not copies
+            for expert, holders in enumerate(experts)
+            if not holders
         ]
 
 

@@ -112,7 +112,7 @@ class Cluster:
         while time.monotonic() - begun < timeout:
             table = self.table()
             good = {place for place, server in enumerate(table.servers) if server.id in among}
-            held = [sum(copy.server in good for copy in of) for experts in table.layers.values() for of in experts]
+            held = [sum(place in good for place in of) for experts in table.layers.values() for of in experts]
             if min(held) >= copies and {server.id for server in table.servers} <= among:
                 return time.monotonic() - begun
             time.sleep(0.05)

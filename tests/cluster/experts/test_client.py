@@ -10,13 +10,13 @@ import torch
 
 from cluster.experts.client import ExpertClient, ExpertsNotReady
 from cluster.experts.server import ExpertServer
-from cluster.experts.table import Copy, Report, RoutingTable, ServerAddress
+from cluster.experts.table import Report, RoutingTable, ServerAddress
 from cluster.experts.weights import HeldExperts
 from model.checkpoint import open_checkpoint
 
 HOST = "127.0.0.1"
 NOBODY = ServerAddress("nobody", HOST, "unix:moray-nobody-listens", "tcp:127.0.0.1:1", b"")
-ON_FIRST, ON_SECOND, ON_BOTH = (Copy(0, 1.0),), (Copy(1, 1.0),), (Copy(0, 0.5), Copy(1, 0.5))
+ON_FIRST, ON_SECOND, ON_BOTH = (0,), (1,), (0, 1)
 
 
 class OneTable:

@@ -1,6 +1,9 @@
 """The directory's decisions, with a clock of the test's own and servers that are only reports."""
 
+import numpy as np
+
 from cluster.experts.directory import DEAD_AFTER_SECONDS, REBALANCE_SECONDS, SETTLE_SECONDS, Directory
+from cluster.experts.routes import Balance
 from cluster.experts.table import Report, ServerAddress
 
 LAYERS = (1, 3)
@@ -45,7 +48,7 @@ class World:
     def copies_of(self) -> dict:
         table = self.directory.table
         return {
-            (layer, e): sorted(table.servers[copy.server].id for copy in of)
+            (layer, e): sorted(table.servers[place].id for place in of)
             for layer, experts in table.layers.items()
             for e, of in enumerate(experts)
         }
@@ -178,10 +181,12 @@ def test_load_is_followed_within_seconds():
         world.rows = {name: {} for name in "abcd"}
         table = world.directory.table
         for layer in LAYERS:
-            for expert, of in enumerate(table.layers[layer]):
-                for copy in of:
-                    rows = 2000 if (layer, expert) == hot else 100
-                    world.rows[table.servers[copy.server].id][layer, expert] = round(rows * copy.share)
+            rows = np.repeat(range(len(table.layers[layer])), 100)
+            rows = np.append(rows, [hot[1]] * 1900) if layer == hot[0] else rows
+            for segment in Balance(table.layers[layer], [True] * len(table.servers)).deal(rows)[1]:
+                for expert, count in zip(segment.experts, segment.counts, strict=True):
+                    given = world.rows[table.servers[segment.server].id]
+                    given[layer, expert] = given.get((layer, expert), 0) + count
         world.run(0.5)
     assert len(world.copies_of()[hot]) > 2
     assert world.directory.imbalances()[1] < 1.2

@@ -20,7 +20,7 @@ from cluster.experts.latency import LatencyCounts
 from cluster.experts.messages import Call, Refusal, Reply, decode_answer, decode_call
 from cluster.experts.routes import Balance
 from cluster.experts.server import ExpertServer
-from cluster.experts.table import Copy, RoutingTable, ServerAddress
+from cluster.experts.table import RoutingTable, ServerAddress
 from cluster.experts.weights import HeldExperts
 from cluster.streams import Connection, Disconnected, Frame, connect, frame_head, memory
 from model.checkpoint import open_checkpoint
@@ -45,7 +45,7 @@ class Pair:
 
     def begin(self, x: torch.Tensor) -> list[Call]:
         """Sends half of the rows to each; returns what they are asked."""
-        balance = Balance([[Copy(0, 1.0)], [Copy(1, 1.0)]], [True, True])
+        balance = Balance([[0], [1]], [True, True])
         experts = torch.arange(len(x)) % 2
         assert self.exchange.begin(self.lines, balance, 7, x, experts, experts, 40) == 42
         calls = []
@@ -69,7 +69,7 @@ def pair() -> Iterator[Pair]:
 
 @given(servers_of_experts, steps, st.integers(1, 3))
 def test_rows_are_dealt_as_by_python(servers_of_experts, steps, ranks):
-    copies = [[Copy(server, 0.5) for server in servers] for servers in servers_of_experts]
+    copies = servers_of_experts
     balance, fast, exchange = Balance(copies, [True] * 4), Balance(copies, [True] * 4), Exchange()
     for step in steps:
         routed = np.array(step, np.int64)
@@ -151,7 +151,7 @@ def test_a_closed_connection_is_left_to_python(pair, sent):
 
 def test_so_is_one_that_takes_nothing(pair):
     pair.servers[1].close()
-    balance = Balance([[Copy(1, 1.0)]], [True, True])
+    balance = Balance([[1]], [True, True])
     experts = torch.zeros(1, dtype=torch.int64)
     pair.exchange.begin(pair.lines, balance, 7, torch.zeros(1, 5), experts, experts, 1)
     assert not pair.exchange.collect(5.0, 0.0)
@@ -163,7 +163,7 @@ def test_a_full_socket_takes_a_part(pair):
         while True:
             pair.clients[0]._stream.send(bytes(1 << 10))
     x, experts = torch.zeros(8, 512), torch.zeros(8, dtype=torch.int64)
-    pair.exchange.begin(pair.lines, Balance([[Copy(0, 1.0)]], [True, True]), 7, x, experts, experts, 1)
+    pair.exchange.begin(pair.lines, Balance([[0]], [True, True]), 7, x, experts, experts, 1)
     (part,) = pair.exchange.parts()
     assert 0 <= part.sent < part.bytes
     assert not pair.exchange.collect(5.0, 0.0)
@@ -252,7 +252,7 @@ class Sockets:
     """A client of expert servers whose ends the test holds. Expert 0 is on both servers, 1 and 2 on one each."""
 
     def __init__(self) -> None:
-        table = RoutingTable(1, tuple(ServerAddress(name, "", "", "", b"") for name in "ab"), {7: COPIES})
+        table = RoutingTable(1, tuple(ServerAddress(name, "", "", "", b"") for name in "ab"), {7: HOLDERS})
         self.client = ExpertClient(OneTable(table), "127.0.0.1", deadline=1.0)
         self.ends: list[Connection] = []
         self.client._peers._adopt_table(table)
@@ -274,7 +274,7 @@ class Sockets:
             end.close()
 
 
-COPIES = ((Copy(0, 0.5), Copy(1, 0.5)), (Copy(0, 1.0),), (Copy(1, 1.0),))
+HOLDERS = ((0, 1), (0,), (1,))
 
 
 @pytest.fixture

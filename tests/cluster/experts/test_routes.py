@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.experts.routes import ROWS_TOGETHER, Balance
-from cluster.experts.table import Copy
 
 PAIRS = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2), (0, 1), (2, 3)]
-COPIES = [[Copy(a, 0.5), Copy(b, 0.5)] for a, b in PAIRS]
 
 
 def check(experts, order, segments):
@@ -26,7 +24,7 @@ def check(experts, order, segments):
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=400), st.lists(st.booleans(), min_size=4, max_size=4))
 def test_every_row_goes_once_to_a_usable_holder_or_nowhere(experts, usable):
     experts = np.array(experts)
-    balance = Balance(COPIES, usable)
+    balance = Balance(PAIRS, usable)
     for _ in range(3):
         order, segments = balance.deal(experts)
         check(experts, order, segments)
@@ -37,7 +35,7 @@ def test_every_row_goes_once_to_a_usable_holder_or_nowhere(experts, usable):
 
 
 def test_servers_are_even_by_rows_not_by_steps():
-    copies = [[Copy(0, 0.5), Copy(1, 0.5)], [Copy(1, 1.0)], [Copy(0, 0.5), Copy(1, 0.5)]]
+    copies = [[0, 1], [1], [0, 1]]
     balance, given = Balance(copies, [True, True]), Counter()
     for step in range(400):
         experts = np.repeat([0, 1, 2], 1 if step % 20 else 40)  # decoding, and now and then a prompt
@@ -48,7 +46,7 @@ def test_servers_are_even_by_rows_not_by_steps():
 
 def test_servers_are_even_over_tables_that_follow_each_other():
     """Four copies get equal parts even if every ninth step brings a new table."""
-    copies, given, balance = [[Copy(server, 0.25) for server in range(4)]], Counter(), None
+    copies, given, balance = [list(range(4))], Counter(), None
     for step in range(900):
         if step % 9 == 0:
             balance = Balance(copies, [True] * 4, balance)
@@ -58,10 +56,10 @@ def test_servers_are_even_over_tables_that_follow_each_other():
 
 
 def test_what_was_given_to_other_servers_does_not_count():
-    before = Balance([[Copy(0, 1.0)]], [True, True])
+    before = Balance([[0]], [True, True])
     before.deal(np.zeros(500, np.int64))
     before.forget()
-    after, given = Balance([[Copy(1, 0.5), Copy(2, 0.5)]], [True] * 3, before), Counter()
+    after, given = Balance([[1, 2]], [True] * 3, before), Counter()
     for _ in range(100):
         for segment in after.deal(np.zeros(1, np.int64))[1]:
             given[segment.server] += segment.num_rows
@@ -82,18 +80,18 @@ def rows_of_ranks(ranks, experts):
 
 def test_ranks_that_send_different_experts_are_even_together():
     loads = np.array([0.25, 0.02, 0.1, 0.2, 0.02, 0.25, 0.08, 0.08])
-    ranks, servers, draw = [Balance(COPIES, [True] * 4) for _ in range(3)], Counter(), np.random.default_rng(0)
+    ranks, servers, draw = [Balance(PAIRS, [True] * 4) for _ in range(3)], Counter(), np.random.default_rng(0)
     for step in range(600):
         servers += rows_of_ranks(ranks, draw.choice(8, 8 if step % 20 else 100, p=loads))
     assert max(servers.values()) < 1.02 * sum(servers.values()) / 4
 
 
 def test_ranks_deal_alike_again_soon_after_one_found_a_server_silent():
-    ranks, draw = [Balance(COPIES, [True] * 4) for _ in range(3)], np.random.default_rng(0)
-    ranks[1] = Balance(COPIES, [True, True, False, True], ranks[1])
+    ranks, draw = [Balance(PAIRS, [True] * 4) for _ in range(3)], np.random.default_rng(0)
+    ranks[1] = Balance(PAIRS, [True, True, False, True], ranks[1])
     for _ in range(10):
         rows_of_ranks(ranks, draw.choice(8, 20))
-    ranks[1] = Balance(COPIES, [True] * 4, ranks[1])
+    ranks[1] = Balance(PAIRS, [True] * 4, ranks[1])
     for _ in range(64):
         rows_of_ranks(ranks, draw.choice(8, 20))
     for _ in range(100):
@@ -105,12 +103,12 @@ def test_ranks_deal_alike_again_soon_after_one_found_a_server_silent():
 
 def test_few_rows_of_an_expert_stay_together_and_many_are_divided():
     few, many = np.zeros(2 * ROWS_TOGETHER - 1, np.int64), np.zeros(2 * ROWS_TOGETHER, np.int64)
-    assert len(Balance(COPIES, [True] * 4).deal(few)[1]) == 1
-    order, segments = Balance(COPIES, [True] * 4).deal(many)
+    assert len(Balance(PAIRS, [True] * 4).deal(few)[1]) == 1
+    order, segments = Balance(PAIRS, [True] * 4).deal(many)
     check(many, order, segments)
     assert [(segment.server, segment.num_rows) for segment in segments] == [(0, ROWS_TOGETHER), (1, ROWS_TOGETHER)]
 
 
 def test_within_a_step_servers_are_even():
-    for segment in Balance(COPIES, [True] * 4).deal(np.arange(8))[1]:
+    for segment in Balance(PAIRS, [True] * 4).deal(np.arange(8))[1]:
         assert segment.num_rows <= 3
