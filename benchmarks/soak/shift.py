@@ -17,19 +17,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.soak.load import Answers, load, prompts_of
 from benchmarks.soak.stacks import MODEL, on_this_host
 from benchmarks.soak.target import Target
-from cluster.experts.placement import imbalance
+from cluster.experts.placement import imbalance, share
 
 STREAMS = 8
 BEFORE_SECONDS, MOVING_SECONDS, CALM_SECONDS = 30.0, 30.0, 30.0
 WINDOW_SECONDS = 10.0
 """Over which rows are counted: the last before the half minute is over."""
-_ROWS = re.compile(r'moray:expert_tokens_total\{.*?layer="(\d+)".*?server="([^"]+)"\} (\S+)')
+_ROWS = re.compile(r'moray:expert_tokens_total\{expert="(\d+)",layer="(\d+)".*?server="([^"]+)"\} (\S+)')
 
-Rows = Counter[tuple[int, str]]
-"""By layer and server."""
+Rows = Counter[tuple[int, int, str]]
+"""By layer, expert and server."""
 
 
 def numbers(count: int) -> list[str]:
@@ -43,23 +46,25 @@ def rows_of(target: Target) -> Rows:
     rows: Rows = Counter()
     for line in target.lines():
         if found := _ROWS.match(line):
-            rows[int(found[1]), found[2]] += int(float(found[3]))
+            rows[int(found[2]), int(found[1]), found[3]] += int(float(found[4]))
     return rows
 
 
-def imbalances(before: Rows, after: Rows) -> list[float]:
-    """Busiest server over the mean, of each layer."""
-    servers = sorted({server for _, server in after})
-    layers = sorted({layer for layer, _ in after})
-    return [imbalance([float(after[layer, s] - before[layer, s]) for s in servers]) for layer in layers]
+def by_layer(before: Rows, after: Rows) -> list[NDArray[np.float64]]:
+    """Of each layer: [experts, servers]."""
+    layers, experts, servers = (sorted({key[part] for key in after}) for part in range(3))
+    return [
+        np.array([[after[layer, e, s] - before[layer, e, s] for s in servers] for e in experts], np.float64)
+        for layer in layers
+    ]
 
 
-async def window(target: Target, end: float, seconds: float) -> list[float]:
-    """Imbalances over the `seconds` before `end`."""
+async def window(target: Target, end: float, seconds: float) -> list[NDArray[np.float64]]:
+    """Rows over the `seconds` before `end`, of each layer."""
     await asyncio.sleep(max(0.0, end - seconds - time.perf_counter()))
     before = await asyncio.to_thread(rows_of, target)
     await asyncio.sleep(max(0.0, end - time.perf_counter()))
-    return imbalances(before, await asyncio.to_thread(rows_of, target))
+    return by_layer(before, await asyncio.to_thread(rows_of, target))
 
 
 async def shift(target: Target) -> dict[str, Any]:
@@ -85,8 +90,17 @@ async def shift(target: Target) -> dict[str, Any]:
     }
 
 
-def summary(imbalances: list[float]) -> dict[str, float]:
-    return {"median_layer": round(statistics.median(imbalances), 3), "worst_layer": round(max(imbalances), 3)}
+def summary(layers: list[NDArray[np.float64]]) -> dict[str, Any]:
+    """Busiest server over the mean: as it was, and at best on the servers that had rows of the experts."""
+    was = [imbalance(rows.sum(0)) for rows in layers]
+    best = [imbalance(share(rows.sum(1), rows > 0).sum(0)) for rows in layers]
+    worst = max(range(len(was)), key=was.__getitem__)
+    return {
+        "median_layer": round(statistics.median(was), 3),
+        "worst_layer": round(was[worst], 3),
+        "at_best": round(best[worst], 3),
+        "rows": layers[worst].astype(int).tolist(),
+    }
 
 
 def gaps(answers: Answers, begin: float, seconds: float) -> dict[str, int]:
