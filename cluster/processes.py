@@ -19,6 +19,25 @@ VARIABLE = "MORAY_RUN"
 POLL_SECONDS = 0.02
 
 
+NEWCOMERS_NICENESS = 5
+"""Of a worker that starts: it imports for seconds, and others serve on the same CPUs. `serve_first` ends it."""
+_CAP_SYS_NICE = 23
+
+
+def newcomers_niceness() -> int:
+    """0 where processes may not take it back, as a user's and most containers' may not."""
+    status = Path("/proc/self/status").read_text()
+    capabilities = int(status.partition("CapEff:")[2].split()[0], 16)
+    return NEWCOMERS_NICENESS if capabilities >> _CAP_SYS_NICE & 1 else 0
+
+
+def serve_first() -> None:
+    """This process has started: its threads, and those they start, have the priority of those that serve."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it is gone, or not allowed: then it was not a newcomer's either
+            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+
+
 def of_run(directory: Path) -> list[psutil.Process]:
     """Living processes of the run."""
     return [process for process in psutil.process_iter() if _is_of_run(process, directory)]

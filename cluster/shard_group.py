@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster import processes
 from cluster.experts.client import ClientCounts, ExpertsUnavailable
 from cluster.frames import Frame, Kind, receive, send
 from cluster.parallel import World
@@ -171,6 +172,7 @@ def _loaded(world: World, options: dict[str, Any]) -> tuple[Shard, StepFaults]:
         options = options | {"experts": lambda: faults.guard(experts())}
     shard = Shard(**options, ranks_on_host=len(world.layout.neighbours(world.rank)))
     world.frames.barrier()
+    processes.serve_first()
     if fault := faults.agreed():
         raise ExpertsUnavailable(fault)
     return shard, faults

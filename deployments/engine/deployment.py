@@ -13,6 +13,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from cluster import processes
 from cluster.experts.client import ClientCounts, ExpertClient
 from cluster.ranks import start_group
 from cluster.shard import Shard
@@ -86,6 +87,7 @@ class Engine:
         # The model's objects stay: the collector need not walk them, which would pause a step.
         gc.collect()
         gc.freeze()
+        processes.serve_first()
         self._loop.start(thread)
         loop = self._loop  # the heartbeat's thread must not keep this object alive
         self._heartbeat = Heartbeat(self._replica["replica_id"], lambda: loop.fronts, loop.lose_front)

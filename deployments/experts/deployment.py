@@ -7,6 +7,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
+from cluster import processes
 from cluster.experts.membership import Membership
 from cluster.experts.server import ExpertServer
 from cluster.experts.weights import HeldExperts
@@ -43,6 +44,7 @@ class ExpertReplica:
         self._membership = Membership(self._server, experts, DirectoryHandle(directory), config.experts.memory)
         self._registry = CollectorRegistry()
         self._registry.register(ServerCollector(self._server, experts, config.id))
+        processes.serve_first()
         self._server.start()
         self._membership.start()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from cluster import processes
 from cluster.experts.directory import Directory
 from cluster.experts.table import Assignment, Report, RoutingTable
 from deployments.config import ModelConfig
@@ -38,6 +39,7 @@ class ExpertDirectory:
         self._registry.register(DirectoryCollector(self._directory, config.id))
         self._published = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
+        processes.serve_first()
 
     async def report(self, report: Report) -> Assignment:
         """A server's heartbeat."""

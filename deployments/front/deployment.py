@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster import processes
 from deployments.broadcast import ask_all
 from deployments.config import AppConfig, ImageConfig, ModelConfig
 from deployments.engine.request import EngineDescription, VisionDescription
@@ -55,6 +56,7 @@ class Front:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called once by Serve, after the constructor; the replica is ready when it returns."""
         served = await asyncio.gather(*(self._meet(model) for model in self._config.models))
+        processes.serve_first()
         models = {model.id: model for model in served}
         longest = max(model.max_model_len for model in served)
         self._metrics = FrontMetrics(self._context.replica_tag, longest)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster import processes
 from cluster.processes import VARIABLE, end, of_run, wait
 
 SLEEP = "import time; time.sleep(60)"
@@ -58,3 +59,16 @@ def test_one_that_has_ended_is_not_waited_for_though_its_parent_takes_no_notice(
     assert not wait([psutil.Process(alive.pid)], 0.1)
     alive.kill()
     alive.wait()
+
+
+def test_a_newcomer_takes_its_priority_back_when_it_serves():
+    """With all its threads; where that is not allowed nobody is made a newcomer."""
+    niceness = processes.newcomers_niceness()
+    code = (
+        "import os, threading; from cluster import processes\n"
+        f"os.nice({niceness}); threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "processes.serve_first()\n"
+        "print(*(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir('/proc/self/task')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(ran.stdout.split()) == {str(os.getpriority(os.PRIO_PROCESS, 0))}
