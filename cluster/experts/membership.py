@@ -1,17 +1,15 @@
 """A server's life with the directory: heartbeats, and holding what the directory assigns.
 
-Loading goes on in a thread of its own, at low priority, so that moving copies does not slow down
-answers. A copy that is no longer assigned is kept until no table names it, and a little longer, for
+Loading goes on in a thread of its own, and pauses while others are answered, so that moving copies does not slow
+them down much. A copy that is no longer assigned is kept until no table names it, and a little longer, for
 clients that have not switched yet.
 """
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 
 from cluster.experts.directory import HEARTBEAT_SECONDS
 from cluster.experts.server import ExpertServer
@@ -22,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 DROP_AFTER_SECONDS = 2.0
 REPORT_TIMEOUT_SECONDS = 5.0
-LOADING_NICENESS = 10
 
 
 class Membership:
@@ -111,17 +108,20 @@ class Membership:
             self._wake.set()
 
     def _load(self) -> None:
-        with suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
         while not self._ended:
             self._wake.wait()
             self._wake.clear()
             begun, loaded = time.monotonic(), 0
             while not self._ended and (missing := sorted(self._wanted - self._experts.units)):
+                started, answered = time.monotonic(), self._server.calls
                 try:
                     self._experts.load(missing[0])
                     loaded += 1
                     self.error = None
+                    if self._server.calls > answered:
+                        # Half of the time is for the thread that answers. With less priority instead, this one would
+                        # be kept waiting while it has the interpreter's lock, and the other for that.
+                        time.sleep(time.monotonic() - started)
                 except Exception as error:
                     self.error = f"cannot load expert {missing[0][1]} of layer {missing[0][0]}: {error}"
                     logger.exception(self.error)
