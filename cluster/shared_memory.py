@@ -6,7 +6,6 @@ with the last of them, however they end.
 
 import ctypes
 import functools
-import logging
 import os
 import threading
 from pathlib import Path
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor
 
 from model.kernels import build
-
-logger = logging.getLogger(__name__)
 
 MAX_RANKS = 64
 SPIN_NS = 100_000
@@ -38,12 +35,7 @@ class RankLost(Exception):
 @functools.cache
 def available() -> bool:
     """Whether this machine can compile the collectives; does so on the first call."""
-    try:
-        _library()
-    except build.CannotBuild as error:
-        logger.warning("shared-memory collectives are off, gloo runs instead (far slower): %s", error)
-        return False
-    return True
+    return build.can_build(_library, "shared-memory collectives are off, gloo runs instead (far slower)")
 
 
 @functools.cache

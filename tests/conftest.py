@@ -30,6 +30,17 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         running.pop()[1].stop()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch: two wait for each other at every product, for long where anything else runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def transformers_smollm2() -> Any:
     """The quickstart's model as transformers reads it from the same GGUF, in fp32. Half a minute on a busy machine."""

@@ -5,7 +5,6 @@ Without a compiler `available()` is False, and client.py and server.py do all of
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,6 @@ from cluster.experts.weights import HeldExperts
 from cluster.streams import Connection, Frame, memory
 from model.kernels import build, cpu
 
-logger = logging.getLogger(__name__)
-
 CAPACITY = 1 << 17
 """Bytes of a frame at most: sockets take as many at once, and for more it matters little who handles them."""
 MAX_ROWS = 512
@@ -36,12 +33,7 @@ _int, _int64, _float64, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_double
 @functools.cache
 def available() -> bool:
     """Whether this machine can compile it; does so on the first call."""
-    try:
-        _library()
-    except build.CannotBuild as error:
-        logger.warning("the fast path to expert servers is off, Python runs instead (slower): %s", error)
-        return False
-    return True
+    return build.can_build(_library, "the fast path to expert servers is off, Python runs instead (slower)")
 
 
 @functools.cache

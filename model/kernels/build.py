@@ -6,10 +6,14 @@ The machine's own compiler does it, into the user's cache folder (`MORAY_CACHE`,
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
 
@@ -26,6 +30,16 @@ def library(source: Path, flags: list[str]) -> ctypes.CDLL:
         raise CannotBuild(error.stderr) from error
     except OSError as error:
         raise CannotBuild(str(error)) from error
+
+
+def can_build(library: Callable[[], ctypes.CDLL], otherwise: str) -> bool:
+    """Whether `library()` returns one; if not, the log says what is the case `otherwise`."""
+    try:
+        library()
+    except CannotBuild as error:
+        logger.warning("%s: %s", otherwise, error)
+        return False
+    return True
 
 
 def _compiled(source: Path, flags: list[str]) -> Path:

@@ -6,7 +6,6 @@ model runs on torch alone.
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from model.datatypes import PagedBatch
 from model.kernels import build
-
-logger = logging.getLogger(__name__)
 
 LANES = 16
 """Columns in a packed panel, and keys in a tile of the cache."""
@@ -32,12 +29,7 @@ def available() -> bool:
     """Whether this machine can run the kernels; compiles them on the first call."""
     if not torch.cpu._is_avx512_bf16_supported():
         return False
-    try:
-        _library()
-    except build.CannotBuild as error:
-        logger.warning("CPU kernels are off, plain torch runs instead (slower): %s", error)
-        return False
-    return True
+    return build.can_build(_library, "CPU kernels are off, plain torch runs instead (slower)")
 
 
 @functools.cache

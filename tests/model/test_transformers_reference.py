@@ -62,11 +62,8 @@ VISION = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    pass
 
 
 def half_split_rows(weight: Tensor, head_dim: int) -> Tensor:

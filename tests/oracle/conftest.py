@@ -1,11 +1,10 @@
 """Prompts for the comparison with Hugging Face transformers, and the stack that is compared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pydoc_data import topics
 from typing import Any
 
 import pytest
-import torch
 
 from deployments.front.tokenizer import open_tokenizer
 from tests.e2e.conftest import GGUF, application
@@ -26,12 +25,8 @@ OPENINGS = (
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two wait for each other at every product, for long where anything else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    pass
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,9 @@ class ManagedDirectory:
         return await asyncio.to_thread(self.call, "report", report)
 
     async def next_table(self, epoch: int) -> RoutingTable | None:
-        return await asyncio.to_thread(self.call, "await_table", epoch)  # type: ignore[return-value]
+        table = await asyncio.to_thread(self.call, "await_table", epoch)
+        assert table is None or isinstance(table, RoutingTable)
+        return table
 
 
 class Cluster:
