@@ -117,7 +117,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 class Transport(Protocol):
-    """What carries frames from rank 0 to all ranks (of `World`)."""
+    """What carries messages between the ranks of a group. root: a place in it."""
 
     def broadcast(self, x: Tensor, root: int) -> Tensor: ...
     def all_reduce(self, x: Tensor) -> Tensor: ...
@@ -135,7 +135,7 @@ class TorchTransport:
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         with self._answered():
-            dist.broadcast(x, root, self._group)
+            dist.broadcast(x, group=self._group, group_src=root)
         return x
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -199,7 +199,8 @@ class World:
             dist.group.WORLD, initialize.get_model_parallel_group(), initialize.get_pipeline_parallel_group(),
         ]  # fmt: skip
         self._transports = [_transport(group) for group in groups]
-        self.frames = self._transports[0]
+        self.frames, self.stage = self._transports[:2]
+        """To all ranks, and to those that share the layers of this one."""
         self.pids = self._exchange_pids()
         if isinstance(rendezvous, Rendezvous):
             rendezvous.close()

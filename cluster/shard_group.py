@@ -5,7 +5,7 @@ every other of its host; one that freezes, or is on a host that cannot be reache
 for it and gets no sign of life for `rank_timeout_s`. One that computes for long gives them through shared
 memory; gloo knows none, so that between hosts a step must not take longer than that. Then followers
 end their processes, and `on_lost` of the leader is called, which should do the same. Experts on servers that do not
-answer cost a step, not the group (step_faults.py).
+answer cost a step, not the group (agreement.py).
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster import processes
+from cluster.agreement import Agreement
 from cluster.experts.client import ClientCounts, ExpertsUnavailable
 from cluster.frames import Frame, Kind, receive, send
 from cluster.parallel import World
 from cluster.shard import Shard
 from cluster.shared_memory import RankLost
-from cluster.step_faults import StepFaults
 from cluster.watch import Watch
 from model.datatypes import PagedBatch
 from model.sampling import SampledTokens, SamplingBatch, sample
@@ -70,7 +70,7 @@ class ShardGroup:
         options: of `Shard`. Raises what it raises, and RankLost when a follower did not get there.
         """
         try:
-            self._shard, self._faults = _loaded(self._world, options)
+            self._shard, self._agreement = _loaded(self._world, options)
         except RankLost as error:
             raise RankLost(self._reason or str(error)) from error
         self._world.set_deadline(self._rank_timeout_s)
@@ -104,7 +104,7 @@ class ShardGroup:
         """As `Shard.logits`."""
         with self._together(Frame(Kind.STEP, batch)):
             logits = self._shard.logits(batch)
-            fault = self._faults.agreed()
+            fault = self._agreement.reach()
         if fault:
             raise ExpertsUnavailable(fault)
         return logits
@@ -153,35 +153,35 @@ def follow(world: World, options: dict[str, Any], rank_timeout_s: float) -> None
     world.set_deadline(LOADING_SECONDS)
     watch = Watch(world.neighbours(), lambda rank, pid: _end(world, f"rank {rank} (pid {pid}) has died"))
     try:
-        shard, faults = _loaded(world, options)
+        shard, agreement = _loaded(world, options)
     except RankLost as error:
         _end(world, str(error))
     # The leader beats once a second; it may be late, and so may be its beat.
     world.set_deadline(rank_timeout_s + BEAT_SECONDS)
     try:
         while (frame := receive(world.frames)).kind is not Kind.STOP:
-            _obey(shard, faults, frame)
+            _obey(shard, agreement, frame)
     except Exception as error:  # whatever it is, this rank is no longer where the others are
         _end(world, f"{type(error).__name__}: {error}")
     watch.stop()
 
 
-def _loaded(world: World, options: dict[str, Any]) -> tuple[Shard, StepFaults]:
-    faults, experts = StepFaults(world), options.get("experts")
+def _loaded(world: World, options: dict[str, Any]) -> tuple[Shard, Agreement]:
+    agreement, experts = Agreement(world), options.get("experts")
     if experts is not None:
-        options = options | {"experts": lambda: faults.guard(experts())}
+        options = options | {"experts": lambda: agreement.guard(experts())}
     shard = Shard(**options, ranks_on_host=len(world.layout.neighbours(world.rank)))
     world.frames.barrier()
     processes.serve_first()
-    if fault := faults.agreed():
+    if fault := agreement.reach():
         raise ExpertsUnavailable(fault)
-    return shard, faults
+    return shard, agreement
 
 
-def _obey(shard: Shard, faults: StepFaults, frame: Frame) -> None:
+def _obey(shard: Shard, agreement: Agreement, frame: Frame) -> None:
     if frame.batch is not None:
         shard.logits(frame.batch)
-        faults.agreed()
+        agreement.reach()
     elif frame.tiles is not None and shard.sees:
         shard.encode_image(frame.tiles.numpy())
 

@@ -10,6 +10,7 @@ While all servers answer, fast_path.py does most of this; what it finds unusual,
 
 import logging
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -230,8 +231,8 @@ class ExpertClient:
             pending.calls.clear()
             self._discard_unnamed()
 
-    def forget(self, layer: int) -> None:
-        self._peers.forget(layer)
+    def given(self, layer: int) -> "array[float]":
+        return self._peers.given(layer)
 
     def _discard_unnamed(self) -> None:
         self._peers.discard_unnamed(call.peer for call in self._calls.values())
@@ -338,9 +339,11 @@ class RemoteExperts:
         routed_k: int64 [any], which has all of an expert's rows that are in experts_k, and no more of those."""
         return self._client.submit(self._layer, x_kD, experts_k, experts_k if routed_k is None else routed_k)
 
-    def forget(self) -> None:
-        """What was given to whom. Ranks that share this layer's rows do so together when one has missed some."""
-        self._client.forget(self._layer)
+    @property
+    def given(self) -> "array[float]":
+        """Rows that each server was given of late, which decides who is given the next. Ranks that share this layer's
+        rows must be of one mind; values may be written."""
+        return self._client.given(self._layer)
 
 
 class _Exchanged:

@@ -91,12 +91,11 @@ extern "C" {
 
 // A routes.Balance: servers of expert e are those from first[e] to first[e + 1].
 struct Balance {
-  int64_t experts, num_servers, rows_together, deals_remembered;
+  int64_t experts, num_servers, rows_together;
   double keep;
   const int64_t* first;
   const int64_t* servers;
   double* given;
-  int64_t* deals;
 };
 
 struct Piece {
@@ -133,7 +132,7 @@ struct Line {
 void moray_deal(const Balance* balance, const int64_t* experts, int64_t k, const int64_t* routed, int64_t n,
                 Exchange* exchange) {
   const int64_t num_experts = balance->experts;
-  std::vector<int64_t> counts(num_experts, 0), own(num_experts, 0), next(num_experts + 1, 0), by_expert(k), busiest;
+  std::vector<int64_t> counts(num_experts, 0), own(num_experts, 0), next(num_experts + 1, 0), by_expert(k), busiest, dealt;
   for (int64_t i = 0; i < n; ++i) ++counts[routed[i]];
   for (int64_t i = 0; i < k; ++i) ++own[experts[i]];
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -145,20 +144,22 @@ void moray_deal(const Balance* balance, const int64_t* experts, int64_t k, const
   std::vector<int64_t> at(next);
   for (int64_t i = 0; i < k; ++i) by_expert[at[experts[i]]++] = i;
   double* const given = balance->given;
-  const double keep = ++*balance->deals % balance->deals_remembered ? balance->keep : 0.0;
-  for (int64_t s = 0; s <= balance->num_servers; ++s) given[s] *= keep;
+  for (int64_t s = 0; s <= balance->num_servers; ++s) given[s] *= balance->keep;
   int64_t num_pieces = 0;
   for (const int64_t e : busiest) {
     const int64_t* const first = balance->servers + balance->first[e];
     const int64_t* const last = balance->servers + balance->first[e + 1];
-    const int64_t count = counts[e];
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(last - first, count / balance->rows_together));
+    const int64_t count = counts[e], parts = std::max<int64_t>(1, count / balance->rows_together);
+    dealt.assign(last - first, 0);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t size = count * (part + 1) / parts - count * part / parts;
-      const int64_t server = *std::min_element(first, last, [&](int64_t a, int64_t b) { return given[a] < given[b]; });
-      given[server] += double(size);
-      if (own[e]) exchange->pieces[num_pieces++] = {server, e, size};
+      const int64_t* const server =
+          std::min_element(first, last, [&](int64_t a, int64_t b) { return given[a] < given[b]; });
+      given[*server] += double(size);
+      dealt[server - first] += size;
     }
+    for (int64_t i = 0; own[e] && i < last - first; ++i)
+      if (dealt[i]) exchange->pieces[num_pieces++] = {first[i], e, dealt[i]};
   }
   std::sort(exchange->pieces, exchange->pieces + num_pieces, [](const Piece& a, const Piece& b) {
     return std::tie(a.server, a.expert, a.count) < std::tie(b.server, b.expert, b.count);

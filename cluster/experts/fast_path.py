@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.experts.latency import BUCKETS, LatencyCounts
 from cluster.experts.messages import DTYPES
-from cluster.experts.routes import DEALS, KEEP, ROWS_TOGETHER, Balance, Segment
+from cluster.experts.routes import KEEP, ROWS_TOGETHER, Balance, Segment
 from cluster.experts.weights import HeldExperts
 from cluster.streams import Connection, Frame, memory
 from model.kernels import build, cpu
@@ -50,9 +50,9 @@ def _library() -> ctypes.CDLL:
 
 class _Balance(ctypes.Structure):
     _fields_ = [
-        *((name, _int64) for name in ("experts", "num_servers", "rows_together", "deals_remembered")),
+        *((name, _int64) for name in ("experts", "num_servers", "rows_together")),
         ("keep", _float64),
-        *((name, _pointer) for name in ("first", "servers", "given", "deals")),
+        *((name, _pointer) for name in ("first", "servers", "given")),
     ]
 
 
@@ -196,9 +196,9 @@ class Exchange:
     def _balance(self, layer: int, balance: Balance) -> int:
         """Its address."""
         if layer not in self._balances or self._balances[layer][0] is not balance:
-            arrays = balance.first, balance.servers, balance.given, balance.deals
+            arrays = balance.first, balance.servers, balance.given
             addresses = (array.buffer_info()[0] for array in arrays)
-            numbers = balance.num_experts, len(balance.given) - 1, ROWS_TOGETHER, DEALS, KEEP
+            numbers = balance.num_experts, len(balance.given) - 1, ROWS_TOGETHER, KEEP
             self._balances[layer] = balance, _Balance(*numbers, *addresses)
         return ctypes.addressof(self._balances[layer][1])
 

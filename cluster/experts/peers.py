@@ -3,6 +3,7 @@
 import logging
 import os
 import select
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,10 +91,9 @@ class Peers:
             self._current.add(layer)
         return self._balances[layer]
 
-    def forget(self, layer: int) -> None:
-        """What servers were given of it."""
-        if layer in self._balances:
-            self._balances[layer].start_anew()
+    def given(self, layer: int) -> "array[float]":
+        """Rows of late, by place; empty before the first step with these servers."""
+        return self._balances[layer].given if layer in self._balances else array("d")
 
     def lines(self) -> tuple[list[Peer], Lines] | None:
         """To every server of the table, by place, if all of them answer and nothing is under way there."""

@@ -2,7 +2,8 @@
 
 That evens out servers whatever the loads are, as far as placement allows. (Hajek, "Performance of global load
 balancing by local adjustment", 1990.) It takes all rows of the layer to know what servers were given: tensor-parallel
-ranks, which send an expert's rows from one of them only, all deal the rows of all, alike, and send their own.
+ranks, which send an expert's rows from one of them only, all deal the rows of all, alike, and send their own. (A table
+that one takes a step later than another, or a server silent to one of them, sets them apart: agreement.py.)
 Clients of different engines do not know of each other; where each is even, so is their sum.
 
 Few rows of an expert stay together: its weights are read once, which is what a step of decoding costs. Many, as of a
@@ -10,6 +11,7 @@ long prompt, are divided, since one server should not work while others wait.
 """
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,12 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS_TOGETHER = 32
-"""Of an expert, no fewer are divided: reading its weights once more is then little beside computing."""
-KEEP = 0.98
-"""Of what servers were given, so much still counts the next time: it is forgotten over some fifty deals."""
-DEALS = 64
-"""After so many all is forgotten. Ranks that took a table a step apart, or found different servers silent, would
-otherwise differ for long in what they think was given."""
+"""Of an expert, so many at least stay together: reading its weights once more is then little beside computing."""
+KEEP = 0.99
+"""Of what servers were given, so much still counts the next time: it is forgotten over some hundred deals."""
 
 
 @dataclass(slots=True)
@@ -67,20 +66,12 @@ class Balance:
         self.servers = array("q", [server for of in servers for server in of])
         self.given = array("d", [0.0] * (len(usable) + 1))
         """Rows of late, by server; the last is of server -1."""
-        self.deals = array("q", [0])
-        """Their number."""
         if before is not None:
-            self.given, self.deals = before.given or self.given, before.deals
+            self.given = before.given or self.given
 
     @property
     def num_experts(self) -> int:
         return len(self.first) - 1
-
-    def start_anew(self) -> None:
-        """As if nothing had been dealt."""
-        self.deals[0] = 0
-        for server in range(len(self.given)):
-            self.given[server] = 0.0
 
     def forget(self) -> None:
         """Places are other servers from now on."""
@@ -111,17 +102,16 @@ class Balance:
 
     def _choose(self, counts: list[int]) -> list[tuple[int, int, int]]:
         """(server, expert, rows) for every part of an expert's rows. Experts with most rows come first."""
-        self.deals[0] += 1
-        keep, given = KEEP if self.deals[0] % DEALS else 0.0, self.given
+        given = self.given
         for server, rows in enumerate(given):
-            given[server] = keep * rows
-        chosen = []
+            given[server] = KEEP * rows
+        chosen: Counter[tuple[int, int]] = Counter()
         for count, expert in sorted([(count, expert) for expert, count in enumerate(counts) if count], reverse=True):
             servers = self.servers[self.first[expert] : self.first[expert + 1]]
-            parts = max(1, min(len(servers), count // ROWS_TOGETHER))
+            parts = max(1, count // ROWS_TOGETHER)
             for part in range(parts):
                 size = count * (part + 1) // parts - count * part // parts
                 server = min(servers, key=given.__getitem__)
                 given[server] += size
-                chosen.append((server, expert, size))
-        return chosen
+                chosen[server, expert] += size
+        return [(server, expert, rows) for (server, expert), rows in chosen.items()]

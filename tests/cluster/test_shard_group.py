@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from array import array
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -184,15 +185,12 @@ class WholeExperts:
     is_whole = True
 
     def __init__(self, held: HeldExperts, layer: int) -> None:
-        self.held, self.layer = held, layer
+        self.held, self.layer, self.given = held, layer, array("d")
 
     def submit(self, x_kD: torch.Tensor, experts_k: torch.Tensor, routed_k: torch.Tensor) -> Ready:
         rows = zip(x_kD, experts_k.tolist(), strict=True)
         outputs = [self.held.compute(self.layer, [expert], [1], x[None]) for x, expert in rows]
         return Ready(torch.cat(outputs) if outputs else x_kD)
-
-    def forget(self) -> None:
-        self.has_forgotten = True
 
 
 def whole_experts(path: str) -> ExpertsOfLayer:

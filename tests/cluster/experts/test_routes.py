@@ -86,21 +86,6 @@ def test_ranks_that_send_different_experts_are_even_together():
     assert max(servers.values()) < 1.02 * sum(servers.values()) / 4
 
 
-def test_ranks_deal_alike_again_soon_after_one_found_a_server_silent():
-    ranks, draw = [Balance(PAIRS, [True] * 4) for _ in range(3)], np.random.default_rng(0)
-    ranks[1] = Balance(PAIRS, [True, True, False, True], ranks[1])
-    for _ in range(10):
-        rows_of_ranks(ranks, draw.choice(8, 20))
-    ranks[1] = Balance(PAIRS, [True] * 4, ranks[1])
-    for _ in range(64):
-        rows_of_ranks(ranks, draw.choice(8, 20))
-    for _ in range(100):
-        experts = draw.choice(8, 20)
-        assert sum(rows_of_ranks(ranks, experts).values()) == 20
-        first, *others = ([(s.server, s.experts) for s in rank.deal(experts)[1]] for rank in ranks)
-        assert others == [first, first]
-
-
 def test_few_rows_of_an_expert_stay_together_and_many_are_divided():
     few, many = np.zeros(2 * ROWS_TOGETHER - 1, np.int64), np.zeros(2 * ROWS_TOGETHER, np.int64)
     assert len(Balance(PAIRS, [True] * 4).deal(few)[1]) == 1
