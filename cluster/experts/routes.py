@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 ROWS_TOGETHER = 32
 """Of an expert, so many at least stay together: reading its weights once more is then little beside computing."""
-KEEP = 0.99
-"""Of what servers were given, so much still counts the next time: it is forgotten over some hundred deals."""
+KEEP = 0.98
+"""Of what servers were given, so much still counts the next time: it is forgotten over some fifty deals."""
 
 
 @dataclass(slots=True)
