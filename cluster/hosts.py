@@ -25,7 +25,7 @@ POLL_SECONDS = 0.1
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": str(processes.newcomers_niceness()),
+    "RAY_worker_niceness": "0",
     **serve_settings.SETTINGS,
 }
 _CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN")

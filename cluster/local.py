@@ -16,8 +16,7 @@ LOOPBACK = "127.0.0.1"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's way of saying: this node's address is 127.0.0.1
-    # Ray's 15, for good, would let anything else on the machine starve the engine.
-    "RAY_worker_niceness": str(processes.newcomers_niceness()),
+    "RAY_worker_niceness": "0",  # Ray's 15, for good, would let anything else on the machine starve the engine
 }
 
 

@@ -62,7 +62,10 @@ def start(
     if gcs_port is not None:
         parameters.gcs_server_port = gcs_port
     parameters.include_log_monitor = False  # type: ignore[assignment]  # Ray annotates a flag as a string
-    return NodeWithoutDashboard(parameters, head=head is None, shutdown_at_exit=False, spawn_reaper=True)
+    node = NodeWithoutDashboard(parameters, head=head is None, shutdown_at_exit=False, spawn_reaper=True)
+    # A worker imports Ray twice before Ray itself would make it less urgent.
+    processes.start_as_newcomers(node.all_processes["raylet"][0].process.pid)
+    return node
 
 
 def start_dashboard(node: Any, directory: Path, address: str, port: int) -> None:

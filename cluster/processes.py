@@ -18,24 +18,34 @@ VARIABLE = "MORAY_RUN"
 """The environment variable; its value is the run's directory."""
 POLL_SECONDS = 0.02
 
-
-NEWCOMERS_NICENESS = 5
-"""Of a worker that starts: it imports for seconds, and others serve on the same CPUs. `serve_first` ends it."""
+NEWCOMERS_NICENESS = 10
+"""Of workers that start: they import for seconds, and others serve on the same CPUs. `serve_first` ends it."""
 _CAP_SYS_NICE = 23
 
 
-def newcomers_niceness() -> int:
-    """0 where processes may not take it back, as a user's and most containers' may not."""
-    status = Path("/proc/self/status").read_text()
-    capabilities = int(status.partition("CapEff:")[2].split()[0], 16)
-    return NEWCOMERS_NICENESS if capabilities >> _CAP_SYS_NICE & 1 else 0
+def start_as_newcomers(parent: int) -> None:
+    """What process `parent` starts from now on is less urgent than what serves; so is `parent` itself.
+
+    Nothing where processes may not take it back, as a user's and most containers' may not.
+    """
+    if may_be_urgent():
+        _set_niceness(parent, NEWCOMERS_NICENESS)
 
 
 def serve_first() -> None:
     """This process has started: its threads, and those they start, have the priority of those that serve."""
-    for thread in os.listdir("/proc/self/task"):
+    _set_niceness(os.getpid(), 0)
+
+
+def may_be_urgent() -> bool:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("CapEff:")[2].split()[0], 16) >> _CAP_SYS_NICE & 1 == 1
+
+
+def _set_niceness(process: int, niceness: int) -> None:
+    for thread in os.listdir(f"/proc/{process}/task"):
         with contextlib.suppress(OSError):  # it is gone, or not allowed: then it was not a newcomer's either
-            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+            os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
 
 
 def of_run(directory: Path) -> list[psutil.Process]:

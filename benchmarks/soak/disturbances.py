@@ -16,7 +16,7 @@ CUT_SECONDS = 10.0
 Ray gives a node up after 15 or more, which is the death of a host rather than of its link."""
 LOOK_SECONDS = 7.0
 """Before a disturbance is due its server is chosen: one that is frozen meanwhile delays the answer by five."""
-RESTORE_SECONDS, ASK_SECONDS = 60.0, 1.0
+RESTORE_SECONDS, ASK_SECONDS = 60.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Disturbances:
 
 
 def _restored(target: Target, victim: Server) -> float:
-    """Asks every second, without waiting for the answer before: metrics wait five seconds for a silent replica, but
+    """Asks every other second, without waiting for the answer before: metrics wait five seconds for a silent replica, but
     say how it was when they were asked for."""
     begun = time.perf_counter()
     asked: dict[Future[float], float] = {}

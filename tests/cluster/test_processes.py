@@ -63,12 +63,17 @@ def test_one_that_has_ended_is_not_waited_for_though_its_parent_takes_no_notice(
 
 def test_a_newcomer_takes_its_priority_back_when_it_serves():
     """With all its threads; where that is not allowed nobody is made a newcomer."""
-    niceness = processes.newcomers_niceness()
-    code = (
+    child = (
         "import os, threading; from cluster import processes\n"
-        f"os.nice({niceness}); threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        "processes.serve_first()\n"
-        "print(*(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir('/proc/self/task')))"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "def told(): return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir('/proc/self/task')}\n"
+        "print(told(), processes.may_be_urgent()); processes.serve_first(); print(told())"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(ran.stdout.split()) == {str(os.getpriority(os.PRIO_PROCESS, 0))}
+    parent = (
+        "import os, subprocess, sys; from cluster import processes\n"
+        f"processes.start_as_newcomers(os.getpid()); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    ran = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    before, after = ran.stdout.splitlines()
+    assert before in (f"{{{processes.NEWCOMERS_NICENESS}}} True", "{0} False")
+    assert after == "{0}"
