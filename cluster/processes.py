@@ -8,6 +8,7 @@ process is ever touched.
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ POLL_SECONDS = 0.02
 NEWCOMERS_NICENESS = 10
 """Of workers that start: they import for seconds, and others serve on the same CPUs. `serve_first` ends it."""
 _CAP_SYS_NICE = 23
+SWITCH_INTERVAL = 5e-5
+"""Seconds after which a thread that runs Python yields to one that waits. Python's 5 ms would stall whoever computes or
+answers, once a layer, while metrics are gathered."""
 
 
 def start_as_newcomers(parent: int) -> None:
@@ -33,8 +37,10 @@ def start_as_newcomers(parent: int) -> None:
 
 
 def serve_first() -> None:
-    """This process has started: its threads, and those they start, have the priority of those that serve."""
+    """This process has started: its threads, and those they start, have the priority of those that serve, and none of
+    them keeps the interpreter from the others for long."""
     _set_niceness(os.getpid(), 0)
+    sys.setswitchinterval(SWITCH_INTERVAL)
 
 
 def may_be_urgent() -> bool:

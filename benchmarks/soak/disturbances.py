@@ -83,8 +83,8 @@ class Disturbances:
 
 
 def _restored(target: Target, victim: Server) -> float:
-    """Asks every other second, without waiting for the answer before: metrics wait five seconds for a silent replica, but
-    say how it was when they were asked for."""
+    """Asks again without waiting for the answer before: metrics wait five seconds for a silent replica, but say how it
+    was when they were asked for."""
     begun = time.perf_counter()
     asked: dict[Future[float], float] = {}
     with ThreadPoolExecutor() as pool:

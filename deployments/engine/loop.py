@@ -5,7 +5,6 @@ owns the scheduler, the batch builder and the outboxes; nothing else touches the
 """
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,9 +39,6 @@ from model.datatypes import PagedBatch
 from model.sampling import SampledTokens, SamplingBatch
 
 logger = logging.getLogger(__name__)
-
-SWITCH_INTERVAL = 5e-5
-"""Seconds after which another Python thread yields to this one; the default of 5 ms would stall steps."""
 
 FAILURES_UNTIL_UNHEALTHY = 3
 
@@ -94,7 +90,6 @@ class StepLoop:
 
     def start(self, thread: ModelThread) -> None:
         """Runs on `thread` until `stop`."""
-        sys.setswitchinterval(SWITCH_INTERVAL)
         self._ended = thread.submit(self._run)
 
     def stop(self) -> None:

@@ -66,7 +66,7 @@ def test_a_newcomer_takes_its_priority_back_when_it_serves():
     child = (
         "import os, threading; from cluster import processes\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        "def told(): return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir('/proc/self/task')}\n"
+        "def told(): return {os.getpriority(os.PRIO_PROCESS, int(each)) for each in os.listdir('/proc/self/task')}\n"
         "print(told(), processes.may_be_urgent()); processes.serve_first(); print(told())"
     )
     parent = (
