@@ -16,7 +16,8 @@ CUT_SECONDS = 10.0
 Ray gives a node up after 15 or more, which is the death of a host rather than of its link."""
 LOOK_SECONDS = 7.0
 """Before a disturbance is due its server is chosen: one that is frozen meanwhile delays the answer by five."""
-RESTORE_SECONDS, ASK_SECONDS = 60.0, 2.0
+RESTORE_SECONDS, ASK_SECONDS = 60.0, 5.0
+"""Not more often than Prometheus would: gathering the metrics takes a tenth of a second of these CPUs."""
 
 
 @dataclass(frozen=True)
