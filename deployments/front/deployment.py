@@ -97,8 +97,7 @@ class Front:
     async def _render_metrics(self) -> bytes:
         handles = [self._fronts, *self._engines.values(), *self._experts, *self._directories]
         gathered = await asyncio.gather(*(ask_all(handle, "metrics") for handle in handles))
-        snapshots = [snapshot for answers in gathered for snapshot in _answers(answers)]
-        return await asyncio.to_thread(render, snapshots)  # of many experts it takes tens of ms
+        return render([snapshot for answers in gathered for snapshot in _answers(answers)])
 
     async def _cluster(self) -> ClusterStatus:
         engines = list(self._engines.values())

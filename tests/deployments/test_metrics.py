@@ -1,4 +1,3 @@
-import pickle
 import shutil
 import subprocess
 
@@ -6,7 +5,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.metrics import Snapshot, merge, render, snapshot
+from deployments.metrics import Snapshot, render, snapshot
 
 LINT_ONLY = 3
 """promtool's exit code for text that parses but has lint."""
@@ -39,24 +38,32 @@ def test_families_of_many_replicas_are_rendered_once_with_every_series() -> None
     assert samples["vllm:e2e_request_latency_seconds_count", "b", None] == 1
 
 
-def test_a_snapshot_crosses_processes_and_leaves_creation_times_out() -> None:
-    families = replica("a", 1)
-    assert pickle.loads(pickle.dumps(families)) == families
-    assert not [series.name for family in families for series in family.series if series.name.endswith("_created")]
+def test_creation_times_are_left_out() -> None:
+    assert "_total" in replica("a", 1)
+    assert "_created" not in replica("a", 1)
+
+
+def test_a_family_without_series_is_no_harm() -> None:
+    registry = CollectorRegistry()
+    Gauge("moray:none", "None yet.", ["engine"], registry=registry)
+    text = render([replica("a", 1), snapshot(registry), "", snapshot(registry)]).decode()
+    assert text.endswith("# HELP moray:none None yet.\n# TYPE moray:none gauge\n")
+    assert len(list(text_string_to_metric_families(text))) == 4
 
 
 def test_label_values_are_escaped() -> None:
-    text = render([replica('quote " backslash \\ newline \n', 1)]).decode()
+    name = 'quote " backslash \\ newline \n# HELP x y\n'
+    text = render([replica(name, 1), replica("b", 1)]).decode()
     family = next(iter(text_string_to_metric_families(text)))
-    assert family.samples[0].labels["engine"] == 'quote " backslash \\ newline \n'
+    assert [sample.labels["engine"] for sample in family.samples] == [name, "b"]
 
 
 def test_one_name_with_two_types_is_refused() -> None:
     counters, gauges = CollectorRegistry(), CollectorRegistry()
     Counter("moray:x", "x", registry=counters)
-    Gauge("moray:x", "x", registry=gauges)
-    with pytest.raises(ValueError, match="moray:x is a counter in one replica and a gauge in another"):
-        merge([snapshot(counters), snapshot(gauges)])
+    Gauge("moray:x_total", "x", registry=gauges)
+    with pytest.raises(ValueError, match="moray:x_total is a counter in one replica and a gauge in another"):
+        render([snapshot(counters), snapshot(gauges)])
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.engine.request import PromptImage
 from tests.deployments.engine.conftest import PATCHES, completion, make_request, seen
@@ -54,7 +55,8 @@ def ask(start: Callable) -> Callable:
 
 
 def metric(front, name: str) -> float:
-    return sum(s.value for family in front.engine.metrics() for s in family.series if s.name == name)
+    families = text_string_to_metric_families(front.engine.metrics())
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 @pytest.mark.parametrize("budget", [1024, 23, 7, 1])
