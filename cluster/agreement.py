@@ -77,9 +77,11 @@ class Agreement:
         """What the first rank of this stage thinks that servers were given; not while it knows of more or fewer."""
         own = torch.tensor([rows for experts in self._guarded for rows in experts.given], dtype=torch.float64)
         size = int(self._world.stage.broadcast(torch.tensor([len(own)]), 0))
-        is_same = len(own) == size
-        rows = iter(self._world.stage.broadcast(own if is_same else torch.empty(size, dtype=torch.float64), 0).tolist())
-        for experts in self._guarded if is_same else ():
+        if len(own) != size:
+            self._world.stage.broadcast(torch.empty(size, dtype=torch.float64), 0)
+            return
+        rows = iter(self._world.stage.broadcast(own, 0).tolist())
+        for experts in self._guarded:
             experts.given[:] = array("d", islice(rows, len(experts.given)))
 
 

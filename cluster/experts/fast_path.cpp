@@ -132,7 +132,8 @@ struct Line {
 void moray_deal(const Balance* balance, const int64_t* experts, int64_t k, const int64_t* routed, int64_t n,
                 Exchange* exchange) {
   const int64_t num_experts = balance->experts;
-  std::vector<int64_t> counts(num_experts, 0), own(num_experts, 0), next(num_experts + 1, 0), by_expert(k), busiest, dealt;
+  std::vector<int64_t> counts(num_experts, 0), own(num_experts, 0), next(num_experts + 1, 0), by_expert(k);
+  std::vector<int64_t> busiest, dealt;
   for (int64_t i = 0; i < n; ++i) ++counts[routed[i]];
   for (int64_t i = 0; i < k; ++i) ++own[experts[i]];
   for (int64_t e = 0; e < num_experts; ++e) {
