@@ -34,7 +34,8 @@ def render(snapshots: Iterable[Snapshot]) -> bytes:
     types: dict[str, str] = {}
     for family in (family for text in snapshots for family in f"\n{text}".split("\n# HELP ")[1:]):
         name, _, help_text = family.partition(" ")
-        documentation, type_, samples = help_text.split("\n", 2)
+        documentation, _, rest = help_text.partition("\n")
+        type_, _, samples = rest.partition("\n")
         known = types.setdefault(name, type_)
         if known != type_:
             kinds = known.rpartition(" ")[2], type_.rpartition(" ")[2]
