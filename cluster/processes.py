@@ -44,6 +44,7 @@ def serve_first() -> None:
 
 
 def may_be_urgent() -> bool:
+    """Whether this process, and those it starts, may lower their niceness again."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("CapEff:")[2].split()[0], 16) >> _CAP_SYS_NICE & 1 == 1
 

@@ -31,14 +31,13 @@ def render(snapshots: Iterable[Snapshot]) -> bytes:
     Raises ValueError if two replicas give one name different types.
     """
     families: dict[str, list[str]] = {}
-    types: dict[str, str] = {}
     for family in (family for text in snapshots for family in f"\n{text}".split("\n# HELP ")[1:]):
-        name, _, help_text = family.partition(" ")
-        documentation, _, rest = help_text.partition("\n")
+        name, _, rest = family.partition(" ")
+        documentation, _, rest = rest.partition("\n")
         type_, _, samples = rest.partition("\n")
-        known = types.setdefault(name, type_)
-        if known != type_:
-            kinds = known.rpartition(" ")[2], type_.rpartition(" ")[2]
+        lines = families.setdefault(name, [f"# HELP {name} {documentation}", type_])
+        if lines[1] != type_:
+            kinds = lines[1].rpartition(" ")[2], type_.rpartition(" ")[2]
             raise ValueError(f"metric {name} is a {kinds[0]} in one replica and a {kinds[1]} in another")
-        families.setdefault(name, [f"# HELP {name} {documentation}", type_]).append(samples.rstrip("\n"))
+        lines.append(samples.rstrip("\n"))
     return "".join(f"{line}\n" for lines in families.values() for line in lines if line).encode()
