@@ -39,6 +39,7 @@ plan: setup  ## what CONFIG needs in memory, and what does not fit; no cluster (
 
 SLOW_TESTS := tests/e2e/test_invariance.py tests/e2e/test_identity.py tests/e2e/test_ranks_on_hosts.py \
 	tests/e2e/test_experts_on_hosts.py tests/examples/test_smollm2_moe.py tests/cluster/experts/test_failures.py \
+	tests/e2e/test_expert_autoscaling.py \
 	tests/e2e/test_experts.py::test_their_number_changes_under_load \
 	tests/e2e/test_experts.py::test_without_any_server_requests_fail_in_time_and_the_ranks_live_on
 

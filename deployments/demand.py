@@ -76,7 +76,7 @@ def _demand(deployment: DeploymentSchema, bundles: list[dict[str, float]], defau
     replicas = said.get("num_replicas")
     if not isinstance(replicas, int):
         autoscaling = said.get("autoscaling_config")
-        replicas = default_replicas if autoscaling is None else autoscaling.get("min_replicas", 1)
+        replicas = default_replicas if autoscaling is None else _first_replicas(autoscaling)
     one = {
         "CPU": options.get("num_cpus", DEFAULT_CPUS.get(deployment.name.partition("-")[0], 1)),
         "GPU": options.get("num_gpus", 0),
@@ -88,3 +88,8 @@ def _demand(deployment: DeploymentSchema, bundles: list[dict[str, float]], defau
             resource: sum(bundle.get(resource, 0) for bundle in bundles) for bundle in bundles for resource in bundle
         }
     return Counter({resource: amount * replicas for resource, amount in one.items() if amount})
+
+
+def _first_replicas(autoscaling: Mapping[str, Any]) -> int:
+    """Those that an autoscaled deployment starts with; without room for more it goes on with them."""
+    return int(autoscaling.get("initial_replicas") or autoscaling.get("min_replicas", 1))

@@ -5,6 +5,8 @@ import logging
 import ray
 import torch
 from prometheus_client import CollectorRegistry
+from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster import processes
@@ -12,6 +14,7 @@ from cluster.experts.membership import Membership
 from cluster.experts.server import ExpertServer
 from cluster.experts.weights import HeldExperts
 from deployments.config import ModelConfig
+from deployments.experts.autoscaling import BUSY_SHARE, POLICY, BusyShare, target_of
 from deployments.experts.directory import DirectoryHandle
 from deployments.experts.metrics import ServerCollector
 from deployments.metrics import Snapshot, snapshot
@@ -27,12 +30,14 @@ LEAVE_SECONDS = 20.0
 class ExpertReplica:
     """Holds the experts that the directory assigns, and computes them for engines.
 
-    Raises CheckpointError or ValueError at construction when the model cannot be opened or has no experts.
+    Raises CheckpointError or ValueError at construction when the model cannot be opened or has no experts, or when
+    its number is to follow requests, which never come.
     """
 
     def __init__(self, config: ModelConfig, directory: DeploymentHandle) -> None:
         assert config.experts is not None
         self._model, self._has_left = config.id, False
+        _check_policy()
         checkpoint = open_checkpoint(config.path)
         if checkpoint.args.moe_args is None:
             raise ValueError(f"model {config.id!r} has no experts: remove `experts` from its configuration")
@@ -42,6 +47,7 @@ class ExpertReplica:
         name, threads = self._replica["replica_id"], config.experts.num_threads
         self._server = ExpertServer(experts, ray.util.get_node_ip_address(), name, threads)
         self._membership = Membership(self._server, experts, DirectoryHandle(directory), config.experts.memory)
+        self._busy_share = BusyShare(lambda: self._server.busy_seconds)
         self._registry = CollectorRegistry()
         self._registry.register(ServerCollector(self._server, experts, config.id))
         processes.serve_first()
@@ -54,6 +60,10 @@ class ExpertReplica:
 
     def metrics(self) -> Snapshot:
         return snapshot(self._registry)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls it every few seconds where the YAML gives `autoscaling_config`."""
+        return {BUSY_SHARE: self._busy_share()}
 
     def check_health(self) -> None:
         """Serve calls it; raises when the replica should be replaced."""
@@ -70,3 +80,21 @@ class ExpertReplica:
         if not self._membership.leave(LEAVE_SECONDS):
             logger.warning("expert server %s ends while experts are still asked of it", self._server.address.id)
         self._server.stop()
+
+
+def _check_policy() -> None:
+    """Raises ValueError when the YAML gives an `autoscaling_config` that would have no effect, or is faulty."""
+    try:
+        context = serve.get_replica_context()
+    except RayServeException:  # outside Serve
+        return
+    autoscaling = context._deployment_config.autoscaling_config
+    if autoscaling is None:
+        return
+    if autoscaling.policy.is_default_policy_function():  # which is so unless the YAML says it: it replaces all defaults
+        raise ValueError(
+            f"autoscaling_config of {context.deployment} has no policy, and Serve's own counts requests, which expert "
+            f"servers do not get: add `policy: {{policy_function: {POLICY}}}`"
+        )
+    if autoscaling.policy.policy_function == POLICY:
+        target_of(autoscaling.policy.policy_kwargs)

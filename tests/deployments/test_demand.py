@@ -69,3 +69,5 @@ def test_there_is_an_expert_server_for_each_copy_unless_the_yaml_says_otherwise(
     assert asked({"copies": 3}) == {"CPU": 3}
     assert asked({"copies": 3}, {"name": "experts-m", "ray_actor_options": {"num_cpus": 2}}) == {"CPU": 6}
     assert asked({"copies": 3}, {"name": "experts-m", "autoscaling_config": {"min_replicas": 4}}) == {"CPU": 4}
+    autoscaled = {"min_replicas": 2, "initial_replicas": 3, "max_replicas": 5}
+    assert asked({}, {"name": "experts-m", "num_replicas": "auto", "autoscaling_config": autoscaled}) == {"CPU": 3}

@@ -121,6 +121,8 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
     assert 'moray:expert_round_trip_seconds_bucket{engine="' in text
     assert "moray:expert_failovers_total{" not in text  # nobody noticed the one that left
     for replica in replicas[1:]:
+        assert 0 < replica.record_autoscaling_stats()["busy_share"] < 1
+        assert replica.record_autoscaling_stats() == {"busy_share": 0.0}
         replica.check_health()
         replica._membership.stop()
         replica._server.stop()

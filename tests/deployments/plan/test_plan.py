@@ -62,6 +62,14 @@ def test_without_a_deployment_there_is_a_server_for_each_copy(tmp_path: Path) ->
     assert planned.layout.servers == 3
 
 
+def test_the_fewest_of_autoscaled_servers_must_hold_all_copies(tmp_path: Path) -> None:
+    autoscaled = {"experts-m": {"autoscaling_config": {"min_replicas": 2, "max_replicas": 5}}}
+    [planned] = plan(serve_yaml(tmp_path, autoscaled, experts={"copies": 2}), Given())
+    assert planned.layout.servers == 2
+    [fault] = faults(serve_yaml(tmp_path, autoscaled, experts={"copies": 3}))
+    assert "3 copies of every expert need as many servers, there are 2" in fault
+
+
 def test_too_little_memory_names_the_server_and_how_many_would_do(tmp_path: Path) -> None:
     path = serve_yaml(tmp_path, with_experts(2, memory=20 * EXPERT), experts={"copies": 2})
     [fault] = faults(path, headroom=0.0)
