@@ -11,6 +11,7 @@ import pytest
 from benchmarks.soak.load import Answers, load, prompts_of
 from benchmarks.soak.stacks import MODEL, serve_config
 from benchmarks.soak.target import Target
+from deployments.experts.autoscaling import POLICY
 from tests.stack import ROOT, Stack, needs_moe
 
 pytestmark = needs_moe
@@ -68,9 +69,17 @@ def tokens_of(*some: Answers) -> dict[str, set[tuple[int, ...]]]:
     return together
 
 
-def test_without_the_policy_they_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (None, r"experts-smollm2-moe has no policy.*: add `policy: "),
+        ({"policy_function": POLICY, "policy_kwargs": {"target_busy_share": 7}}, r"target_busy_share is 7; it must be"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, policy: dict[str, Any] | None, message: str) -> None:
     config, autoscaling = example()
     del autoscaling["policy"]
+    autoscaling.update({} if policy is None else {"policy": policy})
     stack = Stack(tmp_path, config)
-    with pytest.raises(pytest.fail.Exception, match=r"experts-smollm2-moe has no policy.*: add `policy: "):
+    with pytest.raises(pytest.fail.Exception, match=message):
         stack.start()
