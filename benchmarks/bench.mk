@@ -30,7 +30,7 @@ bench-experts: setup-dev $(MOE)  ## Decode steps with experts on servers beside 
 
 bench-cluster: bench-tp bench-tp-peers bench-experts  ## All three: what it costs to spread a model over processes
 
-soak-experts: setup-dev $(MOE)  ## Kill, freeze or cut off an expert server every 20 s under load, 3 minutes (ARGS="--hosts 4 --kind cut")
+soak-experts: setup-dev $(MOE)  ## Kill, freeze, cut off or slow an expert server every 20 s under load, 3 minutes (ARGS="--hosts 4 --kind cut")
 	.venv/bin/python -m benchmarks.soak $(ARGS)
 
 soak-shift: setup-dev $(MOE)  ## Traffic shifts: how soon expert servers are even again, and whether a request waits for it

@@ -2,7 +2,7 @@
 
 One host serves configs/smollm2-moe.yaml; four, in network namespaces, serve configs/smollm2-moe-hosts.yaml. The soak
 measures what the machine can do, and sends 70% of that: first undisturbed, then with a server killed or frozen, or the
-link of its host cut, every so often. Every answer must be complete and token for token what it was before.
+link of its host cut or slowed, every so often. Every answer must be complete and token for token what it was before.
 
     make soak-experts ARGS="--hosts 4 --kind cut"
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.soak.disturbances import KILL, STOP, Disturbances, Kind, cut
+from benchmarks.soak.disturbances import KILL, STOP, Disturbances, Kind, cut, slow
 from benchmarks.soak.run import soak
 from benchmarks.soak.stacks import MODEL, on_hosts, on_this_host
 from benchmarks.soak.target import Target
@@ -31,19 +31,19 @@ def served(num_hosts: int) -> Iterator[tuple[Target, dict[str, Kind]]]:
             yield Target(stack.url, MODEL), {"kill": KILL, "stop": STOP}
     else:
         with on_hosts(num_hosts) as hosts:
-            cut_link = cut(hosts.cluster.hosts, hosts.cluster.head)
-            yield Target(hosts.url, MODEL), {"kill": KILL, "stop": STOP, "cut": cut_link}
+            links = hosts.cluster.hosts, hosts.cluster.head
+            yield Target(hosts.url, MODEL), {"kill": KILL, "stop": STOP, "cut": cut(*links), "slow": slow(*links)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=1, help="more than one: in network namespaces, as root")
-    parser.add_argument("--kind", choices=["kill", "stop", "cut", "all"], default="kill")
+    parser.add_argument("--kind", choices=["kill", "stop", "cut", "slow", "all"], default="kill")
     parser.add_argument("--every", type=float, default=20, help="seconds between two disturbances")
     parser.add_argument("--number", type=int, default=9, help="of disturbances")
     options = parser.parse_args()
-    if options.kind == "cut" and options.hosts == 1:
-        parser.error("one host has no link to cut: give --hosts 4")
+    if options.kind in ("cut", "slow") and options.hosts == 1:
+        parser.error(f"one host has no link to {options.kind}: give --hosts 4")
     with served(options.hosts) as (target, kinds):
         chosen = list(kinds.values()) if options.kind == "all" else [kinds[options.kind]]
         disturbances = Disturbances(chosen, options.number, options.every)

@@ -45,6 +45,7 @@ async def soak(
         "failovers": sum(target.metrics("moray:expert_failovers_total")),
         "waits": sum(target.metrics("moray:expert_waits_total")),
         "disturbed": [f"{kind} on {server.host}" for kind, server, _ in disturbances.happened],
+        "failovers_of_disturbed": disturbances.failovers,
         "restored_s": [round(seconds, 1) for seconds in disturbances.restored],
     }
 

@@ -41,6 +41,10 @@ class Target:
         """Values of the series whose line matches `pattern`."""
         return [float(line.rsplit(" ", 1)[1]) for line in self.lines() if re.match(pattern, line)]
 
+    def failovers(self, server: Server) -> int:
+        """Calls that it did not answer in time, or not at all, and that went to another copy."""
+        return int(sum(self.metrics(f'moray:expert_failovers_total.*server="{server.id}"')))
+
     def num_servers(self) -> float:
         return next(iter(self.metrics("moray:expert_servers")), 0)
 
