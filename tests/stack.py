@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+
+from cluster import processes
+from deployments import state
 
 ROOT = Path(__file__).parents[1]
 READY_SECONDS = 120
@@ -49,6 +53,18 @@ class Stack:
                 continue
         self.stop()
         pytest.fail(f"not ready in {READY_SECONDS} s:\n{self.log.read_text()}")
+
+    @property
+    def run(self) -> Path:
+        """The directory that marks the processes of what is started."""
+        known = state.load(Path(self.environment["MORAY_STATE"]))
+        assert known is not None
+        return Path(known.directory)
+
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """Living ones whose title begins with one of these."""
+        living = [(process, process.cmdline()) for process in processes.of_run(self.run)]
+        return [process for process, command in living if command and command[0].startswith(titles)]
 
     def stop(self) -> str:
         """What `stop` printed."""

@@ -87,6 +87,43 @@ async def test_both_copies_of_an_expert_die_and_streams_go_on(stack: Stack) -> N
 
 
 @pytest.mark.timeout(280)
+async def test_the_directory_dies_and_the_next_one_knows_all(stack: Stack) -> None:
+    """Streams go on while there is none; the one that Serve starts places a dead server's experts anew."""
+    target, requests = Target(stack.url, MODEL), streams_of(8, 160)
+    await asyncio.to_thread(wait_for_servers, target, 4)
+    before = await together(stack.url, requests)
+    (directory,), epoch = directories(stack), max(target.metrics("moray:expert_table_epoch"))
+
+    async def kill_it() -> None:
+        await asyncio.sleep(1.5)
+        directory.kill()
+
+    after = await together(stack.url, requests, kill_it)
+    longest, usual = (max(record.longest_gap for record in some) for some in (after, before))
+    print(f"without a directory: a pause of {longest:.2f} s, {usual:.2f} s undisturbed")
+    assert [record.content for record in after] == [record.content for record in before]
+    await asyncio.to_thread(wait_for_servers, target, 4)
+    assert directory not in directories(stack)
+    assert min(target.metrics("moray:expert_table_epoch")) > epoch  # all ranks have a table of the next one
+
+    victim = target.servers()[0]
+
+    async def kill_server() -> None:
+        await asyncio.sleep(1.5)
+        os.kill(victim.pid, signal.SIGKILL)
+
+    after = await together(stack.url, requests, kill_server)
+    assert [record.content for record in after] == [record.content for record in before]
+    await asyncio.to_thread(wait_for_servers, target, 4)
+    assert target.copies_without(victim.id) == 2
+    assert len(directories(stack)) == 1
+
+
+def directories(stack: Stack) -> list[psutil.Process]:
+    return stack.processes(f"ray::ServeReplica:moray:directory-{MODEL}")
+
+
+@pytest.mark.timeout(280)
 async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tmp_path: Path) -> None:
     config = serve_config()
     config["applications"][0]["args"]["models"][0]["experts"]["give_up_s"] = 2.0
