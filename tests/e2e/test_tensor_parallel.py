@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,10 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from cluster import processes
 from cluster.shard import Shard
 from cluster.shared_memory import available
-from deployments import state
 from tests.cluster.test_shard_group import greedy
 from tests.e2e.conftest import GGUF
 from tests.stack import ROOT, Stack, free_port
@@ -53,14 +50,7 @@ async def _together(stack: Stack) -> list[list[int]]:
 
 def ranks_of(stack: Stack) -> list[psutil.Process]:
     """The engine's processes: its followers, and the replica that leads them."""
-    known = state.load(Path(stack.environment["MORAY_STATE"]))
-    assert known is not None
-    titles = ("ray::Rank", "ray::ServeReplica:moray:engine-")
-    return [
-        each
-        for each in processes.of_run(Path(known.directory))
-        if each.cmdline()[:1] and each.cmdline()[0].startswith(titles)
-    ]
+    return stack.processes("ray::Rank", "ray::ServeReplica:moray:engine-")
 
 
 async def test_three_ranks_say_what_one_says(stack: Stack) -> None:
