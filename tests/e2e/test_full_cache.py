@@ -1,15 +1,31 @@
-"""More streams than the KV cache can hold: everything slows, nothing fails."""
+"""configs/smollm2.yaml, and more streams than its KV cache can hold: everything slows, nothing fails."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import metric, model_id
+from benchmarks.soak.stacks import serve_config
+from tests.e2e.conftest import BYTES, KV_VALUES_PER_TOKEN, metric, model_id
+from tests.stack import ROOT, Stack
 
 STREAMS, OUTPUT_TOKENS, KV_TOKENS = 64, 128, 2000
+
+
+@pytest.fixture
+def base_url(tmp_path: Path) -> Iterator[str]:
+    """The YAML as it is, with room for few tokens."""
+    config = serve_config(ROOT / "configs/smollm2.yaml")
+    engine = config["applications"][0]["args"]["models"][0]["engine"]
+    room = KV_TOKENS * KV_VALUES_PER_TOKEN * BYTES[engine["dtype"]]
+    engine |= {"max_model_len": 1024, "kv_cache_memory": room}
+    stack = Stack(tmp_path, config)
+    stack.start()
+    yield stack.url
+    stack.stop()
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
@@ -50,8 +66,7 @@ async def _stream(client: httpx.AsyncClient, model: str, number: int) -> tuple[i
 
 
 @pytest.mark.timeout(600)
-async def test_every_stream_finishes_with_all_its_tokens(start_engine: Callable[..., str]) -> None:
-    base_url = start_engine(dtype="bfloat16", max_model_len=1024, num_kv_tokens=KV_TOKENS)
+async def test_every_stream_finishes_with_all_its_tokens(base_url: str) -> None:
     limits = httpx.Limits(max_connections=STREAMS)
     async with httpx.AsyncClient(base_url=base_url, timeout=500, limits=limits) as client:
         model = await model_id(client)
