@@ -5,8 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import pytest
 import yaml
 
 from cluster import processes
-from deployments import state
 from tests.stack import ROOT, Stack, free_port
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -26,12 +27,6 @@ def quickstart(**http: Any) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     config["http_options"] |= {"port": free_port(), **http}
     return config
-
-
-def directory(stack: Stack) -> Path:
-    known = state.load(Path(stack.environment["MORAY_STATE"]))
-    assert known is not None
-    return Path(known.directory)
 
 
 def failure(folder: Path, config: dict[str, Any]) -> str:
@@ -80,7 +75,7 @@ def test_metrics_of_every_replica_are_valid(stack: Stack) -> None:
 
 
 def test_every_port_is_on_loopback(stack: Stack) -> None:
-    ours = {process.pid for process in processes.of_run(directory(stack))} | {stack.process.pid}
+    ours = {process.pid for process in processes.of_run(stack.run)} | {stack.process.pid}
     listening = [
         connection
         for connection in psutil.net_connections("tcp")
@@ -106,6 +101,7 @@ def test_a_second_serve_is_refused_and_harms_nothing(stack: Stack, tmp_path: Pat
 
 
 def test_num_replicas_changes_in_place(stack: Stack) -> None:
+    """While it answers."""
     line = next(line for line in stack.log.read_text().splitlines() if "serve deploy" in line)
     dashboard = line.split(" -a ")[1].split()[0]
     config = yaml.safe_load(stack.config.read_text())
@@ -115,19 +111,42 @@ def test_num_replicas_changes_in_place(stack: Stack) -> None:
     serve = str(Path(sys.executable).with_name("serve"))
     token = stack.environment | {"RAY_AUTH_MODE": "token"}
     _wait_for(dashboard)
-    subprocess.run([serve, "deploy", "-a", dashboard, str(changed)], env=token, cwd=ROOT, check=True, timeout=60)
-    fronts: set[str] = set()
-    deadline = time.monotonic() + 60
-    while len(fronts) < 2 and time.monotonic() < deadline:
-        text = httpx.get(f"{stack.url}/metrics", timeout=30).text
-        fronts = {part.split('"')[1] for part in text.split() for part in part.split(",") if part.startswith("front=")}
-        time.sleep(0.5)
-    assert chat(stack).status_code == 200
+    assert len(fronts(stack)) == 1
+    with ThreadPoolExecutor() as pool:
+        ended = threading.Event()
+        asking = [pool.submit(ask_until, ended, stack) for _ in range(3)]
+        try:
+            subprocess.run(
+                [serve, "deploy", "-a", dashboard, str(changed)], env=token, cwd=ROOT, check=True, timeout=60
+            )
+            deadline = time.monotonic() + 60
+            while len(fronts(stack)) < 2:
+                assert time.monotonic() < deadline, "no second front"
+                time.sleep(0.5)
+            time.sleep(1.0)  # it is given requests, too
+        finally:
+            ended.set()
+    answers = [answer for each in asking for answer in each.result()]
+    assert len(answers) > 3
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def fronts(stack: Stack) -> set[int]:
+    """Process ids of those that answer."""
+    described = httpx.get(f"{stack.url}/cluster", timeout=30).raise_for_status().json()
+    return {front["pid"] for front in described["fronts"]}
+
+
+def ask_until(ended: threading.Event, stack: Stack) -> list[httpx.Response]:
+    answers = []
+    while not ended.is_set():
+        answers.append(chat(stack))
+    return answers
 
 
 def test_stop_leaves_no_process(stack: Stack) -> None:
     """Nor files, nor the port; and it is quick. Last: it ends the module's stack."""
-    run = directory(stack)
+    run = stack.run
     assert processes.of_run(run)
     begin = time.monotonic()
     assert "Stopped" in stack.stop()

@@ -1,9 +1,17 @@
 """A model whose experts are elsewhere computes what it computes with all its weights in one process."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 
 from cluster.experts.client import ExpertClient
+from cluster.experts.membership import Membership
+from cluster.experts.server import ExpertServer
+from cluster.experts.weights import HeldExperts
 from cluster.shard import Shard
 from model import LLM, TransformerInput
 from model.checkpoint import open_checkpoint
@@ -49,7 +57,7 @@ def test_a_shard_in_bfloat16_computes_the_same_bits(start_cluster, moe_folder):
 
 
 def logits_of_rank(rank, world_size, folder, socket):
-    client = ExpertClient(ManagedDirectory(socket), HOST)
+    client = ExpertClient(ManagedDirectory(socket), HOST, deadline=30.0)  # no row is sent again for being late
     client.start()
     client.wait_until_ready(60)
     checkpoint = open_checkpoint(folder)
@@ -58,21 +66,34 @@ def logits_of_rank(rank, world_size, folder, socket):
     with torch.no_grad():
         # One token alone: one of two ranks has nothing to send.
         logits = [model(TransformerInput(tokens)).logits.flatten() for tokens in (TOKENS, TOKENS[:1, :1])]
-    sent = sum(sum(latency.counts) for latency in client.counts.latency.values())
     client.close()
-    return torch.cat([*logits, torch.tensor([float(sent)])])
+    return torch.cat(logits)
+
+
+@contextmanager
+def serving(names: Iterable[str], folder: Path, socket: str) -> Iterator[list[ExpertServer]]:
+    """Expert servers in this process, whose counts can be read."""
+    servers = [ExpertServer(HeldExperts(open_checkpoint(folder), torch.float32), HOST, name) for name in names]
+    memberships = [Membership(server, server._experts, ManagedDirectory(socket)) for server in servers]
+    for part in (*servers, *memberships):
+        part.start()
+    yield servers
+    for part in (*memberships, *servers):
+        part.stop()
 
 
 def test_two_ranks_send_each_token_once(start_cluster, moe_folder, tmp_path):
-    cluster = start_cluster(2, dtype="float32")
-    cluster.wait_for_copies(2, 30, {"s0", "s1"})
+    cluster = start_cluster(0)
     checkpoint = open_checkpoint(moe_folder)
     model = LLM(checkpoint.args, initialize=False)
     checkpoint.load_into(model)
     with torch.no_grad():
         alone = torch.cat([model(TransformerInput(t)).logits.flatten() for t in (TOKENS, TOKENS[:1, :1])])
-    for *got, sent in (result.split([len(alone), 1]) for result in on_ranks(
-        tmp_path / "ranks", 2, logits_of_rank, moe_folder, cluster.socket
-    )):  # fmt: skip
-        torch.testing.assert_close(got[0], alone, rtol=1e-4, atol=1e-4)
-        assert sent > 0
+    with serving(("s0", "s1"), moe_folder, cluster.socket) as servers:
+        cluster.wait_for_copies(2, 30, {"s0", "s1"})
+        for got in on_ranks(tmp_path / "ranks", 2, logits_of_rank, moe_folder, cluster.socket):
+            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-4)
+        rows = sum((server.rows for server in servers), Counter())
+    sent = {layer: sum(rows[unit] for unit in rows if unit[0] == layer) for layer in (1, 3)}
+    assert sent == dict.fromkeys((1, 3), (TOKENS.numel() + 1) * checkpoint.args.moe_args.top_k)
+    assert sum(sent.values()) == rows.total()

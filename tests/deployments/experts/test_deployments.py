@@ -3,12 +3,15 @@
 import asyncio
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from cluster.experts.table import Report, ServerAddress
 from deployments.config import ExpertsConfig, ModelConfig, read
@@ -19,6 +22,8 @@ from deployments.experts.directory import ExpertDirectory
 from deployments.front.mailbox import Mailbox
 from deployments.metrics import render
 from tests.cluster.experts.small_model import write_model
+
+PROMPT, OUTPUT_TOKENS = [5, 17, 80], 12
 
 
 class Handle:
@@ -80,14 +85,52 @@ def directory(config: ModelConfig) -> Iterator[Handle]:
 
 async def complete(engine: Engine, mailbox: Mailbox, request_id: str) -> list[int]:
     with mailbox.open(request_id) as deltas:
-        sampling = SamplingParams(max_tokens=12, temperature=0)
-        request = EngineRequest(request_id, [5, 17, 80], sampling, mailbox.address)
+        sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0)
+        request = EngineRequest(request_id, PROMPT, sampling, mailbox.address)
         generating = asyncio.ensure_future(engine.generate(request))
         await asyncio.wait_for(generating, 30)
         tokens: list[int] = []
-        while len(tokens) < 12:
+        while len(tokens) < OUTPUT_TOKENS:
             tokens += (await asyncio.wait_for(deltas.get(), 10)).token_ids
     return tokens
+
+
+def check_metrics(text: str, servers: list[str], num_rows: int) -> None:
+    """Of one engine and these servers, of which the first has left and nobody noticed."""
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "moe"
+            found[sample.name.removeprefix("moray:")].append(sample)
+
+    def values(name: str, *labels: str) -> dict[tuple[str, ...], float]:
+        assert all(sample.labels.keys() >= set(labels) for sample in found[name])
+        by_labels = {tuple(sample.labels[label] for label in labels): sample.value for sample in found[name]}
+        assert len(by_labels) == len(found[name]), f"{labels} do not tell series of {name} apart"
+        return by_labels
+
+    units = {(layer, str(expert)) for layer in ("1", "3") for expert in range(8)}
+    rows = values("expert_tokens_total", "server", "layer", "expert")
+    assert {server for server, _, _ in rows} == set(servers)
+    assert {(layer, expert) for _, layer, expert in rows} <= units
+    assert sum(rows.values()) == num_rows
+    calls = values("expert_calls_total", "server")
+    trips = values("expert_round_trip_seconds_count", "engine", "rank", "server")
+    assert {server: count for (_, _, server), count in trips.items()} == {server: calls[server,] for server in servers}
+    assert all(value > 0 for value in values("expert_busy_seconds_total", "server").values())
+    assert values("expert_refusals_total", "server") == {(server,): 0 for server in servers}
+    assert values("expert_queue", "server").keys() == {(server,) for server in servers}
+    copies = values("expert_copies", "layer", "expert")
+    assert copies.keys() == units
+    assert min(copies.values()) >= 2
+    imbalance = values("expert_imbalance", "layer")
+    assert imbalance.keys() == {("1",), ("3",)}
+    assert min(imbalance.values()) >= 1
+    named = values("experts_named", "server")
+    assert named.keys() == {(server,) for server in servers[1:]}
+    assert sum(named.values()) == sum(copies.values())
+    assert list(values("expert_waits_total", "engine", "rank").values()) == [0]
+    assert "expert_failovers_total" not in found
 
 
 @pytest.mark.timeout(120)
@@ -101,6 +144,7 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
     alone.stop()
     replicas = [ExpertReplica(config, directory) for _ in range(3)]
     engine = await asyncio.to_thread(Engine, config, directory)
+    rows = sum(replica._server.rows.total() for replica in replicas)  # of its first steps, which are for nobody
     assert await complete(engine, mailbox, "remote") == expected
 
     leaving = asyncio.create_task(asyncio.to_thread(replicas[0].__del__))
@@ -113,13 +157,10 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
     description = directory.replica.describe()
     assert [server["leaving"] for server in description["servers"]].count(False) == 2
     assert description["fewest_copies"] == 2
-    snapshots = [engine.metrics(), directory.replica.metrics(), *(replica.metrics() for replica in replicas[1:])]
-    text = render(snapshots).decode()
-    for name in ("tokens_total", "calls_total", "busy_seconds_total", "queue", "copies", "imbalance", "waits_total"):
-        assert f"\nmoray:expert_{name}{{" in text, name
-    assert text.count("\nmoray:experts_named{") == 2
-    assert 'moray:expert_round_trip_seconds_bucket{engine="' in text
-    assert "moray:expert_failovers_total{" not in text  # nobody noticed the one that left
+    snapshots = [each.metrics() for each in (engine, directory.replica, *replicas)]
+    tokens = (number + 1) * (len(PROMPT) + OUTPUT_TOKENS - 1)  # the last of each is nobody's input
+    rows += 2 * tokens  # layers, one expert in each
+    check_metrics(render(snapshots).decode(), [replica.status().replica_id for replica in replicas], rows)
     for replica in replicas[1:]:
         assert 0 < replica.record_autoscaling_stats()["busy_share"] < 1
         assert replica.record_autoscaling_stats() == {"busy_share": 0.0}
