@@ -103,8 +103,8 @@ class ExpertServer:
         self._watch(self._wake, lambda _events: None)
         while not self._stopping:
             events = self._epoll.poll(self._until_due())
-            self.waiting = max(len(events) - 1, 0)
-            for fd, event in events:
+            for served, (fd, event) in enumerate(events, 1):
+                self.waiting = len(events) - served
                 ready = self._ready.get(fd)
                 if ready is not None:
                     ready(event)

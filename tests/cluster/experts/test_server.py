@@ -3,6 +3,7 @@
 import os
 import resource
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,9 +11,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from cluster.experts.messages import Call
 from cluster.experts.server import DEAF_SECONDS, HANDSHAKE_SECONDS, MAX_UNPROVED, ExpertServer
 from cluster.experts.weights import HeldExperts
-from cluster.streams import KEY_BYTES, connect
+from cluster.streams import KEY_BYTES, connect, memory
 from model.checkpoint import open_checkpoint
 
 
@@ -66,3 +68,42 @@ def test_without_descriptors_it_waits_and_then_listens_again(server):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         connect(server.address.unix, server.address.key, DEAF_SECONDS + 2).close()
+
+
+class Gated(HeldExperts):
+    """Computes once each time that it is let."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.begun, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def compute(self, *arguments) -> torch.Tensor:
+        self.begun.release()
+        assert self.gate.acquire(timeout=10)
+        return super().compute(*arguments)
+
+
+def test_who_waits_is_counted_until_it_is_served(moe_folder):
+    experts = Gated(open_checkpoint(moe_folder), torch.float32)
+    experts.load((1, 0))
+    server = ExpertServer(experts, "127.0.0.1")
+    server.start()
+    clients = [connect(server.address.unix, server.address.key, 2.0) for _ in range(4)]
+    call, row = Call(1, 1, "float32", [0], [1]).encode(), memory(torch.zeros(1, experts.dim))
+    clients[0].send(call, row)
+    assert experts.begun.acquire(timeout=10)
+    for client in clients[1:]:  # together, as the server sees it
+        client.send(call, row)
+    for waiting in (2, 1, 0):
+        experts.gate.release()
+        assert experts.begun.acquire(timeout=10)
+        assert server.waiting == waiting
+    experts.gate.release()
+    deadline = time.monotonic() + 10
+    while server.calls < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert server.waiting == 0
+    for client in clients:
+        client.close()
+    server.stop()
