@@ -103,9 +103,9 @@ class _Pending:
     def __init__(self, pending: PendingExperts, x_kD: Tensor, agreement: Agreement) -> None:
         self._pending, self._x_kD, self._agreement = pending, x_kD, agreement
 
-    def wait(self) -> Tensor:
+    def wait(self, give_up: float | None = None) -> Tensor:
         try:
-            return self._pending.wait()
+            return self._pending.wait(give_up)
         except ExpertsUnavailable as error:
             self._agreement.fault = str(error)
             return torch.zeros_like(self._x_kD)

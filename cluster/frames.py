@@ -32,6 +32,8 @@ class Kind(IntEnum):
     BEAT = 3
     """Nothing to do: rank 0 lives, and sees that the others do."""
     STOP = 4
+    PROBE = 5
+    """Answer, and have every expert answer."""
 
 
 @dataclass(frozen=True)

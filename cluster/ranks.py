@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.experts.client import ClientCounts, ExpertClient
 from cluster.parallel import Layout, Rendezvous, World
 from cluster.shard_group import OnLost, ShardGroup, follow
+from cluster.starting import Starting, log_to
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,17 @@ class Rank:
         """Ray's id of the node it is on, and its address."""
         return _node()
 
-    def run(self, layout: Layout, rank: int, rendezvous: str, options: dict[str, Any], rank_timeout_s: float) -> None:
-        """Returns when the group has stopped; raises what `Shard` raises. Ends the process when the group is lost."""
+    def run(
+        self, layout: Layout, rank: int, rendezvous: str, options: dict[str, Any], rank_timeout_s: float, leader: str
+    ) -> None:
+        """Returns when the group has stopped; raises what `Shard` raises. Ends the process when the group is lost.
+
+        leader: names the first rank in the log.
+        """
+        log_to([logging.StreamHandler()])
+        starting = Starting(f"{leader}/rank {rank}")
         self._experts = options.get("experts")
-        follow(World(layout, rank, rendezvous, START_SECONDS, _node()[1]), options, rank_timeout_s)
+        follow(World(layout, rank, rendezvous, START_SECONDS, _node()[1]), options, rank_timeout_s, starting.ready)
 
     def expert_counts(self) -> ClientCounts | None:
         """Of this rank's client, if it has one."""
@@ -71,14 +79,15 @@ class FollowerCounts:
 
 
 def start_group(
-    tensor: int, stages: int, options: dict[str, Any], rank_timeout_s: float, on_lost: OnLost
+    tensor: int, stages: int, options: dict[str, Any], rank_timeout_s: float, on_lost: OnLost, name: str = "engine"
 ) -> ShardGroup:
     """Starts the other ranks, and is rank 0, in the thread that will compute.
 
-    options: of `Shard`. Raises ValueError when this actor's placement group has too few bundles,
-    RankLost when a rank ends before all are ready, and what `Shard` raises.
+    options: of `Shard`. name: of this process, for the others' log. Raises ValueError when this actor's placement
+    group has too few bundles, RankLost when a rank ends before all are ready, and what `Shard` raises.
     """
     size = tensor * stages
+    logger.info("waiting for %d ranks to start", size - 1)
     followers = _start_followers(size)
     try:
         nodes = [_node(), *ray.get([follower.node.remote() for follower in followers], timeout=START_SECONDS)]
@@ -86,7 +95,7 @@ def start_group(
         num_hosts, address = len(set(layout.hosts)), nodes[0][1]
         rendezvous = Rendezvous(None if num_hosts == 1 else address)
         runs = [
-            follower.run.remote(layout, rank, rendezvous.address, options, rank_timeout_s)
+            follower.run.remote(layout, rank, rendezvous.address, options, rank_timeout_s, name)
             for rank, follower in enumerate(followers, start=1)
         ]
         world = World(layout, 0, rendezvous, START_SECONDS, address)

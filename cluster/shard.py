@@ -29,6 +29,9 @@ from model.sampling import SampledTokens, SamplingBatch, sample
 
 logger = logging.getLogger(__name__)
 
+PROBE_SECONDS = 1.0
+"""For an expert to answer a probe. A step waits for longer."""
+
 
 class Shard:
     """Loads a checkpoint, sizes the KV cache, runs steps.
@@ -65,6 +68,7 @@ class Shard:
         cpu.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
         ensure_model_parallel()
         started = time.monotonic()
+        logger.info("loading %s", path)
         checkpoint = open_checkpoint(path)
         check_world_size(checkpoint.args, model_parallel_rank(), model_parallel_size())
         self.max_model_len = _model_len(max_model_len, checkpoint.args.max_seq_len)
@@ -93,6 +97,7 @@ class Shard:
             self.num_kv_tokens, self.num_blocks, self.num_blocks / needs.held(self.max_model_len), self.max_model_len,
             self.num_blocks * self._block_bytes(own=True) / 2**20,
         )  # fmt: skip
+        logger.info("warming up")
         self._warm_up()
 
     def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens:
@@ -111,6 +116,18 @@ class Shard:
         tiles: uint8 [num_tiles, 3, height, width], as the front cuts them -> [num_tiles * tokens_per_tile, dim].
         """
         return self._model.embed_tiles(torch.tensor(tiles)).flatten(0, 1)
+
+    def probe(self) -> None:
+        """Has every routed expert on a server compute one row. Raises ExpertsUnavailable, which names those that did
+        not answer within PROBE_SECONDS."""
+        if self.args.moe_args is None:
+            return
+        every_k = torch.arange(self.args.moe_args.num_experts)
+        x_kD = torch.zeros(len(every_k), self.args.dim, dtype=self.dtype)
+        for block in self._model.blocks():
+            experts = getattr(block.feed_forward, "experts", None)
+            if experts is not None and experts.is_whole:
+                experts.submit(x_kD, every_k, every_k).wait(PROBE_SECONDS)
 
     @property
     def sees(self) -> bool:
@@ -152,7 +169,7 @@ class Shard:
         return PagedCache.bytes_per_block(self.args, kv_heads, self.block_size, self.dtype, depth)
 
     def _warm_up(self) -> None:
-        """Touches every weight once, so that the first request does not pay for it."""
+        """Touches every weight once, so that the first request does not pay for it; experts on servers answer once."""
         if self.args.vision_args is not None and self.sees:
             size = self.args.vision_args.image_size
             self.encode_image(np.zeros((1, 3, size.height, size.width), np.uint8))
@@ -168,6 +185,7 @@ class Shard:
                 num_decodes=0,
             )
         )
+        self.probe()
 
 
 def _model_len(wanted: int | None, limit: int) -> int:

@@ -114,6 +114,14 @@ class ShardGroup:
         with self._together(Frame(Kind.IMAGE, tiles=torch.tensor(tiles))):
             return self._shard.encode_image(tiles)
 
+    def probe(self) -> None:
+        """Every rank answers, and to each of them every expert. Raises RankLost, and ExpertsUnavailable, after which
+        all goes on."""
+        with self._together(Frame(Kind.PROBE)):
+            fault = _probe(self._world, self._shard, self._agreement)
+        if fault:
+            raise ExpertsUnavailable(fault)
+
     @property
     def processes(self) -> list[tuple[int, str]]:
         """Pid and host's address of every rank."""
@@ -147,20 +155,23 @@ class ShardGroup:
                     pass
 
 
-def follow(world: World, options: dict[str, Any], rank_timeout_s: float) -> None:
+def follow(
+    world: World, options: dict[str, Any], rank_timeout_s: float, on_ready: Callable[[], None] = lambda: None
+) -> None:
     """A follower's whole life, in the thread that computes. Returns when the leader stops; ends the process when
-    the group is lost; raises what `Shard` raises."""
+    the group is lost; raises what `Shard` raises. on_ready: called once all ranks have loaded."""
     world.set_deadline(LOADING_SECONDS)
     watch = Watch(world.neighbours(), lambda rank, pid: _end(world, f"rank {rank} (pid {pid}) has died"))
     try:
         shard, agreement = _loaded(world, options)
     except RankLost as error:
         _end(world, str(error))
+    on_ready()
     # The leader beats once a second; it may be late, and so may be its beat.
     world.set_deadline(rank_timeout_s + BEAT_SECONDS)
     try:
         while (frame := receive(world.frames)).kind is not Kind.STOP:
-            _obey(shard, agreement, frame)
+            _obey(world, shard, agreement, frame)
     except Exception as error:  # whatever it is, this rank is no longer where the others are
         _end(world, f"{type(error).__name__}: {error}")
     watch.stop()
@@ -171,6 +182,7 @@ def _loaded(world: World, options: dict[str, Any]) -> tuple[Shard, Agreement]:
     if experts is not None:
         options = options | {"experts": lambda: agreement.guard(experts())}
     shard = Shard(**options, ranks_on_host=len(world.layout.neighbours(world.rank)))
+    logger.info("rank %d is loaded, waiting for the others", world.rank)
     world.frames.barrier()
     processes.serve_first()
     if fault := agreement.reach():
@@ -178,8 +190,17 @@ def _loaded(world: World, options: dict[str, Any]) -> tuple[Shard, Agreement]:
     return shard, agreement
 
 
-def _obey(shard: Shard, agreement: Agreement, frame: Frame) -> None:
-    if frame.batch is not None:
+def _probe(world: World, shard: Shard, agreement: Agreement) -> str:
+    """What some rank found, on every rank."""
+    shard.probe()
+    world.frames.barrier()
+    return agreement.reach()
+
+
+def _obey(world: World, shard: Shard, agreement: Agreement, frame: Frame) -> None:
+    if frame.kind is Kind.PROBE:
+        _probe(world, shard, agreement)
+    elif frame.batch is not None:
         shard.logits(frame.batch)
         agreement.reach()
     elif frame.tiles is not None and shard.sees:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve import Application
 
 from cluster.placement import misfit
+from deployments import room
 from deployments.config import ConfigError, ModelConfig, read
 from deployments.front.deployment import Front
 
@@ -69,7 +69,7 @@ def _experts(model: ModelConfig, directory: Application) -> Application:
 
 
 def _engine(model: ModelConfig, directory: Application | None) -> Application:
-    options = placement(model, _nodes())
+    options = placement(model, room.in_all())
     deployment: Any = serve.deployment(
         name=f"engine-{model.id}",
         max_ongoing_requests=UNLIMITED,
@@ -100,10 +100,3 @@ def placement(model: ModelConfig, nodes: Mapping[str, Mapping[str, float]] | Non
         "placement_group_bundles": bundles,
         "placement_group_strategy": "PACK",
     }
-
-
-def _nodes() -> dict[str, dict[str, float]] | None:
-    if not ray.is_initialized():
-        return None
-    living = [node for node in ray.nodes() if node["Alive"]]
-    return {f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})": node["Resources"] for node in living}

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cluster import serve_settings
 from cluster.local import LOOPBACK, LocalCluster, new_directory, prepare
 
 START_SECONDS = 300.0
-POLL_SECONDS = 0.1
+POLL_SECONDS, PHASES_SECONDS = 0.1, 0.5
 WATCH_SECONDS = 1.0
 DASHBOARD_PORT = 8265
 HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
@@ -149,25 +150,29 @@ class Launch:
     def _await_running(self) -> None:
         from ray import serve
 
+        from cluster.starting import phases
+
         told: dict[str, str] = {}
-        deadline = time.monotonic() + START_SECONDS
+        deadline, look = time.monotonic() + START_SECONDS, 0.0
         while time.monotonic() < deadline:
+            if time.monotonic() >= look:
+                look = time.monotonic() + PHASES_SECONDS
+                self._tell_changes({phase.process: phase.phase for phase in phases()}, told)
             applications = serve.status().applications
             for name, application in applications.items():
                 if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                     raise LaunchFailed(f"application {name}: {_reason(application)}")
-                self._tell_changes(application.deployments, told)
+                self._tell_changes(_states(application.deployments), told)
             if applications and all(application.status == "RUNNING" for application in applications.values()):
                 return
             time.sleep(POLL_SECONDS)
         raise LaunchFailed(f"not ready after {START_SECONDS:.0f} s; logs are in {self.directory}/session_latest/logs")
 
-    def _tell_changes(self, deployments: Any, told: dict[str, str]) -> None:
-        for name, deployment in deployments.items():
-            state = "ready" if deployment.status == "HEALTHY" else "starting"
+    def _tell_changes(self, states: Mapping[str, str], told: dict[str, str]) -> None:
+        for name, state in states.items():
             if told.get(name) != state:
                 told[name] = state
-                self._say(f"  {name} is {state}")
+                self._say(f"  {name}: {state}")
 
     def _await_answer(self) -> None:
         """HAProxy sends requests on only after its own check of a replica."""
@@ -194,6 +199,10 @@ class Launch:
 
     def _say(self, message: str) -> None:
         print(f"[{time.monotonic() - self._begin:5.1f} s] {message}", flush=True)
+
+
+def _states(deployments: Any) -> dict[str, str]:
+    return {name: "ready" if deployment.status == "HEALTHY" else "starting" for name, deployment in deployments.items()}
 
 
 def _reason(application: Any) -> str:

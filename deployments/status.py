@@ -4,6 +4,7 @@ Each deployment's replicas answer `status()` with their part, so that whoever ad
 fields here and fills them in where that process lives.
 """
 
+import logging
 import os
 import secrets
 import socket
@@ -13,6 +14,8 @@ import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.exceptions import RayServeException
+
+from cluster.starting import Phase, Starting, log_to
 
 
 class ProcessStatus(BaseModel):
@@ -44,7 +47,8 @@ class EngineStatus(ReplicaStatus):
     """An engine replica.
 
     running, waiting: sequences in steps, and in the queue. kv_cache_usage: share of the KV blocks in use.
-    ranks: of its shard group; the first may be the replica's own process.
+    ranks: of its shard group; the first may be the replica's own process. expert_epoch: of the routing table that the
+    first uses; None without expert servers.
     """
 
     model: str
@@ -52,6 +56,7 @@ class EngineStatus(ReplicaStatus):
     waiting: int
     kv_cache_usage: float
     ranks: list[RankStatus] = []
+    expert_epoch: int | None = None
 
 
 class ExpertServerStatus(ReplicaStatus):
@@ -62,12 +67,57 @@ class ExpertServerStatus(ReplicaStatus):
     experts: list[tuple[int, int]]
 
 
+class DirectoryStatus(ReplicaStatus):
+    """The directory of a model's experts.
+
+    epoch: of its table, None before the first. servers: by id, how many experts each holds and how many it should.
+    fewest_copies: of any expert. copies: [layer, expert, servers that the table names]. imbalance: by layer, rows of
+    the busiest server over the mean, of late.
+    """
+
+    model: str
+    epoch: int | None
+    servers: list["MemberStatus"]
+    fewest_copies: int
+    copies: list[tuple[int, int, int]]
+    imbalance: dict[int, float]
+
+
+class MemberStatus(BaseModel):
+    """An expert server as the directory knows it."""
+
+    id: str
+    host: str
+    holds: int
+    assigned: int
+    is_leaving: bool
+
+
+class StartingStatus(ProcessStatus):
+    """A process that is not ready. process: its deployment, Serve's id, and its rank if it is not the first.
+
+    phase: what it does or waits for. seconds: since it was started.
+    """
+
+    process: str
+    phase: str
+    seconds: float
+
+    @classmethod
+    def of(cls, phase: Phase) -> "StartingStatus":
+        seconds = round(phase.seconds, 1)
+        return cls(pid=phase.pid, host=phase.host, process=phase.process, phase=phase.phase, seconds=seconds)
+
+
 class ClusterStatus(BaseModel):
-    """All processes that answered. `silent`: deployments' replicas that Serve counts as running and that did not."""
+    """All processes that answered, and those that are `starting`. `silent`: deployments' replicas that Serve counts as
+    running and that did not answer."""
 
     fronts: list[FrontStatus] = []
     engines: list[EngineStatus] = []
     experts: list[ExpertServerStatus] = []
+    directories: list[DirectoryStatus] = []
+    starting: list[StartingStatus] = []
     silent: dict[str, int] = {}
 
 
@@ -79,3 +129,16 @@ def this_replica() -> dict[str, Any]:
     except RayServeException:
         replica_id, host = secrets.token_hex(4), socket.gethostname()
     return {"replica_id": replica_id, "pid": os.getpid(), "host": host}
+
+
+def starting_replica() -> Starting:
+    """First of all in a replica's constructor; `ready` is to be called on it when the replica is.
+
+    What our loggers tell then goes where Serve's log of the replica goes, but at once: Serve may buffer its own.
+    """
+    try:
+        context = serve.get_replica_context()
+    except RayServeException:
+        return Starting(f"process {os.getpid()}")
+    log_to([getattr(handler, "target", handler) for handler in logging.getLogger("ray.serve").handlers])
+    return Starting(f"{context.deployment}/{context.replica_id.unique_id}")

@@ -22,8 +22,8 @@ from model.parallel import model_parallel_rank, model_parallel_size, split
 class PendingExperts(Protocol):
     """Expert outputs under way."""
 
-    def wait(self) -> Tensor:
-        """[k, D], the rows in the order they were submitted."""
+    def wait(self, give_up: float | None = None) -> Tensor:
+        """[k, D], the rows in the order they were submitted. give_up: seconds to wait for, if not as long as usual."""
 
 
 class Experts(Protocol):
@@ -48,7 +48,7 @@ class Ready:
     def __init__(self, out_kD: Tensor) -> None:
         self._out_kD = out_kD
 
-    def wait(self) -> Tensor:
+    def wait(self, give_up: float | None = None) -> Tensor:
         return self._out_kD
 
 

@@ -104,8 +104,12 @@ class ExpertClient:
 
     def snapshot(self) -> ClientCounts:
         """The counts as they are now, for any thread and process."""
-        epoch = self._peers.table.epoch if self._peers.table else 0
-        return ClientCounts(self.counts.latency.copy(), self.counts.failovers.copy(), self.counts.waits, epoch)
+        return ClientCounts(self.counts.latency.copy(), self.counts.failovers.copy(), self.counts.waits, self.epoch)
+
+    @property
+    def epoch(self) -> int:
+        """Of the table in use; 0 before the first."""
+        return self._peers.table.epoch if self._peers.table else 0
 
     @property
     def table(self) -> RoutingTable | None:
@@ -176,7 +180,7 @@ class ExpertClient:
         best = [place for place, peer in connected if peer.is_usable] or [place for place, _ in connected]
         return best[expert % len(best)] if best else -1
 
-    def collect(self, exchanged: "_Exchanged") -> Tensor:
+    def collect(self, exchanged: "_Exchanged", give_up: float | None = None) -> Tensor:
         """[k, D], in the order of submission. Raises ExpertsUnavailable."""
         exchange = exchanged.exchange
         if exchanged.taken_over is None:
@@ -186,7 +190,7 @@ class ExpertClient:
             if not is_done:
                 self._take_over(exchanged)
         if exchanged.taken_over is not None:
-            return exchanged.taken_over.wait()
+            return exchanged.taken_over.wait(give_up)
         self._exchanged = None
         cpu.park(False)
         self._discard_unnamed()
@@ -220,10 +224,10 @@ class ExpertClient:
         except Disconnected as error:
             self._lose(call.peer, str(error))
 
-    def wait(self, pending: "PendingRows") -> None:
+    def wait(self, pending: "PendingRows", give_up: float | None = None) -> None:
         """Until every row of `pending` is there. Raises ExpertsUnavailable."""
         try:
-            self._wait(pending)
+            self._wait(pending, self._give_up if give_up is None else give_up)
         finally:
             cpu.park(False)
             for id in pending.calls:
@@ -237,7 +241,7 @@ class ExpertClient:
     def _discard_unnamed(self) -> None:
         self._peers.discard_unnamed(call.peer for call in self._calls.values())
 
-    def _wait(self, pending: "PendingRows") -> None:
+    def _wait(self, pending: "PendingRows", give_up: float) -> None:
         begun = time.monotonic()
         while pending.rows.missing:
             timeout = 0.05
@@ -251,7 +255,7 @@ class ExpertClient:
             self._check_deadlines(pending, now)
             if pending.stranded:
                 self._retry_stranded(pending)
-            if now - begun > self._give_up:
+            if now - begun > give_up:
                 raise ExpertsUnavailable(self._why(pending, now - begun))
 
     def _check_deadlines(self, pending: "PendingRows", now: float) -> None:
@@ -356,9 +360,9 @@ class _Exchanged:
         self._client, self.exchange, self.peers = client, exchange, peers
         self.taken_over: PendingRows | None = None
 
-    def wait(self) -> Tensor:
+    def wait(self, give_up: float | None = None) -> Tensor:
         """[k, D], in the order of submission. Raises ExpertsUnavailable."""
-        return self._client.collect(self)
+        return self._client.collect(self, give_up)
 
 
 class PendingRows:
@@ -370,9 +374,9 @@ class PendingRows:
         self.stranded: list[Segment] = []
         self.has_waited = False
 
-    def wait(self) -> Tensor:
+    def wait(self, give_up: float | None = None) -> Tensor:
         """[k, D], in the order of submission. Raises ExpertsUnavailable."""
-        self._client.wait(self)
+        self._client.wait(self, give_up)
         return self.rows.returned()
 
 

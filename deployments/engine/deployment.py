@@ -30,7 +30,7 @@ from deployments.experts.directory import DirectoryHandle
 from deployments.experts.metrics import ClientCollector
 from deployments.experts.remote import RemoteExperts
 from deployments.metrics import Snapshot
-from deployments.status import EngineStatus, RankStatus, this_replica
+from deployments.status import EngineStatus, RankStatus, starting_replica, this_replica
 from model.args import VisionArgs
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ class Engine:
         directory: DeploymentHandle | None = None,
         shard: Shard | ShardGroup | None = None,
     ) -> None:
-        begun = time.monotonic()
+        begun, starting = time.monotonic(), starting_replica()
         thread = ModelThread()
         self._experts = experts = _experts(config, directory)
-        self._shard = thread.submit(lambda: _load(config, experts)).result() if shard is None else shard
+        self._shard = shard or thread.submit(lambda: _load(config, experts, starting.process)).result()
         engine = config.engine
         limits = Limits(
             max_num_seqs=engine.max_num_seqs,
@@ -92,6 +92,7 @@ class Engine:
         loop = self._loop  # the heartbeat's thread must not keep this object alive
         self._heartbeat = Heartbeat(self._replica["replica_id"], lambda: loop.fronts, loop.lose_front)
         logger.info("engine of %s ready in %.1f s", config.id, time.monotonic() - begun)
+        starting.ready()
 
     async def generate(self, request: EngineRequest) -> None:
         """Returns when the request is done; its tokens go to `request.reply_to`. Cancelling aborts it.
@@ -119,6 +120,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.pool.usage,
             ranks=_ranks(self._shard),
+            expert_epoch=self._experts.client.epoch if self._experts and self._experts.client else None,
         )
 
     def metrics(self) -> Snapshot:
@@ -128,6 +130,10 @@ class Engine:
         """Serve calls it; raises when the replica should be replaced."""
         if self._loop.error is not None:
             raise RuntimeError(f"engine of {self._description.model_id}: {self._loop.error}")
+
+    async def check_ready(self) -> None:
+        """Raises what keeps some rank or expert from answering; the engine may be well all the same."""
+        await asyncio.wrap_future(self._loop.probe())
 
     def stop(self) -> None:
         """Ends the step thread, and the other ranks; unfinished requests fail."""
@@ -160,7 +166,7 @@ def _expert_counts(client: ExpertClient, shard: Shard | ShardGroup) -> dict[int,
     return {0: client.snapshot(), **others}
 
 
-def _load(config: ModelConfig, experts: RemoteExperts | None) -> Shard | ShardGroup:
+def _load(config: ModelConfig, experts: RemoteExperts | None, process: str) -> Shard | ShardGroup:
     engine = config.engine
     options: dict[str, Any] = dict(
         path=config.path,
@@ -177,8 +183,9 @@ def _load(config: ModelConfig, experts: RemoteExperts | None) -> Shard | ShardGr
     if not engine.bundles:
         return Shard(**options)
     return start_group(
-        engine.tensor_parallel_size, engine.pipeline_parallel_size, options, engine.rank_timeout_s, _end_replica
-    )
+        engine.tensor_parallel_size, engine.pipeline_parallel_size, options, engine.rank_timeout_s, _end_replica,
+        process,
+    )  # fmt: skip
 
 
 def _end_replica(reason: str) -> None:

@@ -24,6 +24,7 @@ from deployments.engine.mailing import Mailing
 from deployments.engine.metrics import EngineMetrics
 from deployments.engine.model_thread import ModelThread
 from deployments.engine.postprocess import Outputs, postprocess
+from deployments.engine.readiness import Readiness
 from deployments.engine.request import (
     EngineRequest,
     EngineStopping,
@@ -53,6 +54,8 @@ class Executor(Protocol):
 
     def encode_image(self, tiles: NDArray[np.uint8]) -> Tensor: ...
 
+    def probe(self) -> None: ...
+
 
 @dataclass
 class _Request:
@@ -81,6 +84,7 @@ class StepLoop:
         self._arriving: list[_Request] = []
         self._aborting: list[str] = []
         self._lost_fronts: list[Address] = []
+        self._readiness = Readiness(self._probe)
         self._requests: dict[str, _Request] = {}
         self._stopping = False
         self._consecutive_failures = 0
@@ -144,6 +148,15 @@ class StepLoop:
             self._lost_fronts.append(front)
             self._wake.notify()
 
+    def probe(self) -> Future[None]:
+        """Answered between two steps: its exception tells which rank or experts do not answer."""
+        with self._wake:
+            if self.error is not None:
+                raise EngineStopping(self.error)
+            asked = self._readiness.ask()
+            self._wake.notify()
+        return asked
+
     def _check_queue(self) -> None:
         waiting = sum(not entry.choices or entry.choices[0].is_unstarted for entry in list(self._requests.values()))
         free = self._scheduler.max_running - len(self._scheduler.running)
@@ -154,6 +167,7 @@ class StepLoop:
         while self._wait_for_work():
             self._step_or_fail()
         self._fail(list(self._requests.values()), EngineStopping("the engine shut down before the request was done"))
+        self._readiness.refuse(EngineStopping("the engine is shutting down"))
         self._mailing.close()
 
     def _wait_for_work(self) -> bool:
@@ -171,11 +185,18 @@ class StepLoop:
             self._drop(request_id)
         for front in set(lost):
             self._fail_front(front)
+        self._readiness.answer()
         return not self._stopping
 
     @property
     def _handed_over(self) -> bool:
-        return bool(self._arriving or self._aborting or self._lost_fronts)
+        return bool(self._arriving or self._aborting or self._lost_fronts or self._readiness.is_asked)
+
+    def _probe(self) -> None:
+        try:
+            self._executor.probe()
+        except (ExpertsUnavailable, ExpertsNotReady) as error:
+            raise ExpertsGone(str(error)) from None
 
     def _fail_front(self, front: Address) -> None:
         waiting = [entry for entry in self._requests.values() if entry.request.reply_to == front]

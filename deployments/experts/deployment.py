@@ -18,7 +18,7 @@ from deployments.experts.autoscaling import BUSY_SHARE, POLICY, BusyShare, targe
 from deployments.experts.directory import DirectoryHandle
 from deployments.experts.metrics import ServerCollector
 from deployments.metrics import Snapshot, snapshot
-from deployments.status import ExpertServerStatus, this_replica
+from deployments.status import ExpertServerStatus, starting_replica, this_replica
 from model.checkpoint import open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class ExpertReplica:
 
     def __init__(self, config: ModelConfig, directory: DeploymentHandle) -> None:
         assert config.experts is not None
+        starting = starting_replica()
         self._model, self._has_left = config.id, False
         _check_policy()
         checkpoint = open_checkpoint(config.path)
@@ -53,6 +54,7 @@ class ExpertReplica:
         processes.serve_first()
         self._server.start()
         self._membership.start()
+        starting.ready()
 
     def status(self) -> ExpertServerStatus:
         units = sorted(self._experts.units)

@@ -12,6 +12,7 @@ from cluster.experts.table import Assignment, Report, RoutingTable
 from deployments.config import ModelConfig
 from deployments.experts.metrics import DirectoryCollector
 from deployments.metrics import Snapshot, snapshot
+from deployments.status import DirectoryStatus, MemberStatus, starting_replica, this_replica
 from model.checkpoint import local_path
 from model.checkpoint.architecture import read_args
 from model.checkpoint.hub import ARCHITECTURE_FILES
@@ -30,6 +31,8 @@ class ExpertDirectory:
 
     def __init__(self, config: ModelConfig) -> None:
         assert config.experts is not None
+        starting = starting_replica()
+        self._model, self._replica = config.id, this_replica()
         args = read_args(local_path(config.path, ARCHITECTURE_FILES))  # its host need not have the weights
         if args.moe_args is None:
             raise ValueError(f"model {config.id!r} has no experts: remove `experts` from its configuration")
@@ -40,6 +43,7 @@ class ExpertDirectory:
         self._published = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
         processes.serve_first()
+        starting.ready()
 
     async def report(self, report: Report) -> Assignment:
         """A server's heartbeat."""
@@ -64,19 +68,20 @@ class ExpertDirectory:
                 return None
         return table
 
-    def describe(self) -> dict[str, Any]:
-        """Servers, copies and imbalance, as plain values."""
-        table, imbalances = self._directory.table, self._directory.imbalances()
-        copies = self._directory.copies()
-        return {
-            "epoch": table.epoch if table else None,
-            "servers": [
-                {"id": name, "host": address.host, "holds": held, "assigned": meant, "leaving": leaving}
+    def status(self) -> DirectoryStatus:
+        table, copies = self._directory.table, self._directory.copies()
+        return DirectoryStatus(
+            **self._replica,
+            model=self._model,
+            epoch=table.epoch if table else None,
+            servers=[
+                MemberStatus(id=name, host=address.host, holds=held, assigned=meant, is_leaving=leaving)
                 for name, (address, held, meant, leaving) in self._directory.members().items()
             ],
-            "fewest_copies": min(copies.values(), default=0),
-            "imbalance": {str(layer): round(value, 3) for layer, value in imbalances.items()},
-        }
+            fewest_copies=min(copies.values(), default=0),
+            copies=[(layer, expert, count) for (layer, expert), count in sorted(copies.items())],
+            imbalance={layer: round(value, 3) for layer, value in self._directory.imbalances().items()},
+        )
 
     def metrics(self) -> Snapshot:
         return snapshot(self._registry)

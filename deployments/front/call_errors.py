@@ -18,6 +18,13 @@ def cause_of(error: Exception) -> BaseException | None:
     return getattr(error, "cause", None) or (error if isinstance(error, _OURS) else None)
 
 
+def told(error: Exception) -> str:
+    """For people: what the engine itself raised, else what happened on the way."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return str(cause_of(error) or type(error).__name__)
+
+
 def translated(error: Exception, model: str, engine: str) -> Exception:
     """QueueFull and RequestTooLong as they are; EngineLost if another engine may go on; EngineUnavailable if none
     can now; else EngineFailure.

@@ -27,6 +27,6 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def is_healthy(self) -> bool:
-        """Whether an engine answers."""
+    async def faults(self) -> list[str]:
+        """What keeps engines, their ranks or experts from answering, one for each engine; empty when all answer."""
         ...

@@ -18,7 +18,7 @@ from typing import Any
 from deployments.broadcast import ask_all
 from deployments.engine.request import EngineRequest, EngineStopping, PromptImage, SamplingParams, TokenDelta
 from deployments.front import placement
-from deployments.front.call_errors import cause_of, translated
+from deployments.front.call_errors import cause_of, told, translated
 from deployments.front.engine_client import EngineUnavailable
 from deployments.front.liveness import STOPPING, Attempt, Liveness
 from deployments.front.mailbox import DeltaQueue, Mailbox
@@ -78,10 +78,12 @@ class RemoteEngine:
                 losses.add(lost, transcript.num_tokens)
                 lost_at = engine
 
-    async def is_healthy(self) -> bool:
-        """Whether every engine that Serve counts as running answers."""
-        answers = await ask_all(self._handle, "check_health")
-        return bool(answers) and not any(isinstance(answer, BaseException) for answer in answers)
+    async def faults(self) -> list[str]:
+        """See `EngineClient.faults`; of every engine that Serve counts as running."""
+        answers = await ask_all(self._handle, "check_ready")
+        if not answers:
+            return ["there is none"]
+        return [told(answer) for answer in answers if isinstance(answer, Exception)]
 
     async def _engine_for(self, request: EngineRequest, lost_at: str, losses: Losses) -> str:
         """Waits for an engine that takes requests; not `lost_at` if there is another. Raises EngineUnavailable."""

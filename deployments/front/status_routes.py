@@ -62,12 +62,12 @@ class StatusRoutes:
         return find(self._models, model).card
 
     async def health(self) -> Health:
-        """200 when every engine answers, else 503 with the models of those that do not."""
+        """200 when every engine's ranks and experts have answered a probe, else 503 with those that did not."""
         models = list(self._models.values())
-        healthy = await asyncio.gather(*(model.engine.is_healthy() for model in models))
-        silent = [model.id for model, answers in zip(models, healthy, strict=True) if not answers]
-        if silent:
-            raise ApiError(503, f"Not every engine answers, of {', '.join(silent)}", code="engine_unavailable")
+        faults = await asyncio.gather(*(model.engine.faults() for model in models))
+        told = [f"{model.id}: {fault}" for model, found in zip(models, faults, strict=True) for fault in found]
+        if told:
+            raise ApiError(503, f"Not every engine is ready: {'; '.join(told)}", code="engine_unavailable")
         return Health(status="ok", models=[model.id for model in models])
 
     async def cluster(self) -> ClusterStatus:

@@ -36,6 +36,21 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack.stop()
 
 
+def test_all_is_shown_and_was_probed(stack: Stack) -> None:
+    assert httpx.get(f"{stack.url}/health", timeout=30).status_code == 200
+    shown = cluster(stack)
+    (directory,) = shown["directories"]
+    assert directory["fewest_copies"] == min(count for _, _, count in directory["copies"]) == 2
+    assert {(layer, expert) for layer, expert, _ in directory["copies"]} == set(itertools.product(range(30), range(8)))
+    assert {member["id"]: member["holds"] for member in directory["servers"]} == {
+        server["replica_id"]: len(server["experts"]) for server in shown["experts"]
+    }
+    assert shown["engines"][0]["expert_epoch"] == directory["epoch"]
+    assert not shown["starting"]
+    log = stack.log.read_text()
+    assert "/rank 2: waiting for experts: " in log
+
+
 @pytest.mark.timeout(280)
 async def test_a_death_and_a_freeze_cost_nothing(stack: Stack) -> None:
     disturbances = Disturbances([KILL, STOP], number=2, every=15.0)
@@ -142,7 +157,9 @@ async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tm
                 await asyncio.sleep(0.1)
             for server in servers:
                 server.suspend()
+            told.append(await asyncio.to_thread(httpx.get, f"{stack.url}/health", timeout=30))
 
+        told: list[httpx.Response] = []
         begun = time.monotonic()
         failed = await together(stack.url, requests, freeze)
         took = time.monotonic() - begun
@@ -152,7 +169,9 @@ async def test_without_any_server_requests_fail_in_time_and_the_ranks_live_on(tm
                 server.resume()
         assert took < 15
         assert all(record.error and "experts" in record.error["message"] for record in failed)
+        assert told[0].status_code == 503
         await asyncio.to_thread(wait_for_servers, target, 4)
+        assert httpx.get(f"{stack.url}/health", timeout=30).status_code == 200
         assert [record.content for record in await together(stack.url, requests)] == [r.content for r in before]
         assert (await asyncio.to_thread(cluster, stack))["engines"][0]["ranks"] == engines[0]["ranks"]
     finally:

@@ -14,6 +14,7 @@ import yaml
 
 from cluster.shard import Shard
 from cluster.shared_memory import available
+from deployments.engine.readiness import GOOD_FOR_SECONDS
 from tests.cluster.test_shard_group import greedy
 from tests.e2e.conftest import GGUF
 from tests.stack import ROOT, Stack, free_port
@@ -65,6 +66,20 @@ async def test_three_ranks_say_what_one_says(stack: Stack) -> None:
     assert await _together(stack) == expected
 
 
+async def test_a_rank_that_does_not_answer_shows_in_health(stack: Stack) -> None:
+    follower = next(each for each in ranks_of(stack) if each.cmdline()[0].startswith("ray::Rank"))
+    assert httpx.get(f"{stack.url}/health", timeout=30).status_code == 200
+    await asyncio.sleep(GOOD_FOR_SECONDS)
+    follower.suspend()
+    try:
+        frozen = await asyncio.to_thread(httpx.get, f"{stack.url}/health", timeout=30)
+    finally:
+        follower.resume()
+    assert frozen.status_code == 503
+    assert frozen.json()["error"]["message"] == "Not every engine is ready: smollm2: no answer in time"
+    assert httpx.get(f"{stack.url}/health", timeout=30).status_code == 200
+
+
 async def test_a_killed_rank_ends_and_replaces_the_group(stack: Stack) -> None:
     before = await _together(stack)
     memory = set(os.listdir("/dev/shm"))
@@ -75,14 +90,15 @@ async def test_a_killed_rank_ends_and_replaces_the_group(stack: Stack) -> None:
     _, alive = await asyncio.to_thread(psutil.wait_procs, old, 2)
     assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
     gone = time.monotonic() - begun
+    starting: set[str] = set()
     async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
-        while True:
-            assert time.monotonic() - begun < 60
-            try:
-                again = await _complete(client, PROMPTS[0])
-                break
-            except (AssertionError, httpx.HTTPError):
-                await asyncio.sleep(0.1)
+        asked = asyncio.create_task(_complete(client, PROMPTS[0]))
+        while not asked.done():
+            shown = (await client.get("/cluster")).json()
+            starting |= {process["process"].rpartition("/")[2] for process in shown["starting"]}
+            await asyncio.sleep(0.5)
+        again = await asked
+    assert {"rank 1", "rank 2"} < starting
     print(f"group gone after {gone:.2f} s, serving again after {time.monotonic() - begun:.1f} s")
     assert again == before[0]
     assert await _together(stack) == before

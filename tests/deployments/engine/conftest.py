@@ -71,7 +71,8 @@ class FakeExecutor:
         self.num_blocks, self.block_size, self.before = num_blocks, block_size, before
         self.kv_chunks, self.num_kv_tokens = chunks, num_blocks // len(chunks) * block_size
         self.cache = np.full(num_blocks * block_size, -1, np.int64)
-        self.num_encoded = 0
+        self.num_encoded = self.num_probes = 0
+        self.probe_fault: Exception | None = None
         self.num_steps = self.num_tokens = self.max_tokens = self.max_sequences = 0
 
     def step(self, batch: PagedBatch, sampling: SamplingBatch) -> SampledTokens:
@@ -116,6 +117,11 @@ class FakeExecutor:
     def encode_image(self, tiles: np.ndarray) -> torch.Tensor:
         self.num_encoded += 1
         return torch.tensor(seen(tiles))[:, None]
+
+    def probe(self) -> None:
+        self.num_probes += 1
+        if self.probe_fault is not None:
+            raise self.probe_fault
 
     def _count(self, batch: PagedBatch) -> None:
         counts = np.diff(batch.query_starts.numpy())

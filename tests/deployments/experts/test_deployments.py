@@ -154,9 +154,10 @@ async def test_an_engine_with_expert_servers_generates_what_one_without_does(
         number += 1
     assert number > 1
 
-    description = directory.replica.describe()
-    assert [server["leaving"] for server in description["servers"]].count(False) == 2
-    assert description["fewest_copies"] == 2
+    status = directory.replica.status()
+    assert [server.is_leaving for server in status.servers].count(False) == 2
+    assert status.fewest_copies == min(count for _, _, count in status.copies) == 2
+    assert 0 < (engine.status().expert_epoch or 0) <= (status.epoch or 0)
     snapshots = [each.metrics() for each in (engine, directory.replica, *replicas)]
     tokens = (number + 1) * (len(PROMPT) + OUTPUT_TOKENS - 1)  # the last of each is nobody's input
     rows += 2 * tokens  # layers, one expert in each

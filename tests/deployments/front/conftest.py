@@ -100,8 +100,8 @@ class FakeEngine:
         cached = 4 if position == 0 else 0
         return TokenDelta(request_id, index, position, [token], logprobs, finish, cached, prompt_logprobs)
 
-    async def is_healthy(self) -> bool:
-        return self.is_up
+    async def faults(self) -> list[str]:
+        return [] if self.is_up else ["experts [3] of layer 1 did not answer for 1 s"]
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:

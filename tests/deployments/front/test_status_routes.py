@@ -17,7 +17,7 @@ async def test_health_needs_every_engine(client, engine):
     engine.is_up = False
     response = await client.get("/health")
     assert response.status_code == 503
-    assert "tiny" in response.json()["error"]["message"]
+    assert "tiny: experts [3] of layer 1 did not answer" in response.json()["error"]["message"]
 
 
 async def test_cluster(client):
