@@ -82,8 +82,10 @@ class Front:
         """Returns when an engine of every model has answered, and all is served."""
         logger.info("waiting for engines of %s", ", ".join(model.id for model in self._config.models))
         telling = asyncio.create_task(self._tell_who_has_no_room())
-        served = await asyncio.gather(*map(self._meet, self._config.models, opened))
-        telling.cancel()
+        try:
+            served = await asyncio.gather(*map(self._meet, self._config.models, opened))
+        finally:
+            telling.cancel()
         models = {model.id: model for model in served}
         self._metrics = metrics = FrontMetrics(self._context.replica_tag, max(model.max_model_len for model in served))
         processes.serve_first()
